@@ -1,0 +1,190 @@
+"""Reading and writing of artifacts: Parquet for tables, safetensors for tensors, both with provenance.
+
+A file appears whole or not at all: it is written beside its place, flushed to disk and renamed.
+Each file names its kind and its schema version; a reader refuses what it does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "moescope"
+NAMES = ("dataset_digest", "model_commit", "dtype", "experts_backend", "device")
+SCHEMAS = {
+    "dataset": 1,
+    "prompts": 1,
+    "dropped": 1,
+    "activations": 1,
+    "layers": 1,
+    "heads": 1,
+    "experts": 1,
+    "blocking": 1,
+    "blocked_experts": 1,
+    "keep_only": 1,
+    "table": 1,
+}
+
+
+class ArtifactError(ValueError):
+    """A file that cannot be read as what it should be."""
+
+
+def provenance(
+    settings: Mapping[str, Any], code: str, inherited: Mapping[str, Any] | None = None, **more: Any
+) -> dict[str, Any]:
+    """What made an artifact: settings and code digest of its rule, package versions, time (UTC), and `more`.
+
+    From the provenance of an artifact that it was made from it inherits what names the data and the model.
+    """
+    versions = {}
+    for package in ("moescope", "torch", "transformers", "numpy", "pandas", "pyarrow", "snakemake"):
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        **names(inherited or {}),
+        "settings": dict(settings),
+        "settings_digest": digest(json.dumps(settings, sort_keys=True).encode()),
+        "code_digest": code,
+        "versions": versions,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        **more,
+    }
+
+
+def names(made_by: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a provenance that names the data and the model."""
+    return {key: made_by[key] for key in NAMES if key in made_by}
+
+
+def digest(content: bytes) -> str:
+    """Short name of a content: the first 16 hex digits of its SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """`digest` of a file's content, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to beside `path`; renamed to `path` when the block ends well, removed when it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        with beside.open("rb") as stream:
+            os.fsync(stream.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_table(table: pd.DataFrame, path: str | Path, kind: str, made_by: Mapping[str, Any]) -> None:
+    """Write a table as Parquet with its provenance in the file's metadata."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), KEY: _header(kind, made_by)})
+    with replacing(path) as beside:
+        pq.write_table(arrow, beside, compression="zstd")
+
+
+def read_table(path: str | Path, kind: str, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read a table of the given kind. Raises ArtifactError for a damaged file or an unknown kind or version."""
+    try:
+        table = pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(
+            f"{path}: not a readable Parquet file ({one_line(error)}); delete it and run again"
+        ) from error
+    _check_header(path, (table.schema.metadata or {}).get(KEY.encode()), kind)
+    return table.to_pandas()
+
+
+def table_provenance(path: str | Path) -> dict[str, Any]:
+    """The provenance that a table's file carries."""
+    return json.loads(pq.read_schema(path).metadata[KEY.encode()])["provenance"]
+
+
+def write_csv(table: pd.DataFrame, path: str | Path) -> None:
+    """Write a table as CSV for people and spreadsheets; six significant digits."""
+    with replacing(path) as beside:
+        table.to_csv(beside, index=False, float_format="%.6g")
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a text file whole or not at all."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, kind: str, made_by: Mapping[str, Any]) -> None:
+    """Write named tensors as safetensors with their provenance in the file's header."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as beside:
+        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, {KEY: _header(kind, made_by)})
+
+
+@contextmanager
+def open_tensors(path: str | Path, kind: str) -> Iterator[Any]:
+    """A lazily read safetensors file (`get_tensor(name)`, `keys()`). Raises ArtifactError like `read_table`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path}: not a readable safetensors file ({one_line(error)}); delete it and run again"
+        ) from error
+    with file as tensors:
+        _check_header(path, (tensors.metadata() or {}).get(KEY), kind)
+        yield tensors
+
+
+def tensor_index(paths: Sequence[str | Path], kind: str) -> dict[str, Any]:
+    """What a set of safetensors files holds: for each file its tensors (shape, dtype), and the provenance."""
+    shards, made_by = {}, {}
+    for path in paths:
+        with open_tensors(path, kind) as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            shards[Path(path).name] = {name: [s.get_shape(), s.get_dtype()] for name, s in slices.items()}
+            made_by = json.loads(tensors.metadata()[KEY])["provenance"]
+    return {"kind": kind, "schema": SCHEMAS[kind], "provenance": made_by, "shards": shards}
+
+
+def _header(kind: str, made_by: Mapping[str, Any]) -> str:
+    return json.dumps({"kind": kind, "schema": SCHEMAS[kind], "provenance": dict(made_by)})
+
+
+def _check_header(path: str | Path, header: str | bytes | None, kind: str) -> None:
+    if header is None:
+        raise ArtifactError(f"{path}: not made by moescope (no provenance inside); delete it and run again")
+    found = json.loads(header)
+    if found["kind"] != kind:
+        raise ArtifactError(f"{path}: holds '{found['kind']}', not '{kind}'; delete it and run again")
+    if found["schema"] != SCHEMAS[kind]:
+        raise ArtifactError(
+            f"{path}: schema version {found['schema']} of '{kind}', this code reads {SCHEMAS[kind]}; run it again"
+        )
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without line breaks."""
+    return " ".join(str(error).split())
