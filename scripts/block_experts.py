@@ -1,0 +1,27 @@
+"""Snakemake script: block each relation's best experts and matched random ones."""
+
+from pathlib import Path
+
+import torch
+
+from moescope import ablations, artifacts, logs, models
+
+logs.to_file_and_terminal(snakemake.log[0])
+torch.set_num_threads(snakemake.threads)
+settings = snakemake.params.settings
+
+model, _ = models.load(Path(snakemake.input.model[0]).parent, settings["device"])
+prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
+experts = artifacts.read_table(snakemake.input.experts, "experts")
+parts = models.anatomy(model)
+load = ablations.expert_load(parts, snakemake.input.activations, prompts)
+half = ablations.split_subjects(prompts, settings["seed"])
+sets, ranking = ablations.choose_sets(
+    experts, load, prompts, half, settings["blocking"]["top"], settings["blocking"]["random_draws"], settings["seed"]
+)
+blocking = ablations.measure_blocking(model, parts, prompts, half, sets, settings["batch_size"])
+
+inherited = artifacts.table_provenance(snakemake.input.experts)
+made_by = artifacts.provenance(settings, snakemake.params.code, inherited)
+artifacts.write_table(ranking, snakemake.output.blocked_experts, "blocked_experts", made_by)
+artifacts.write_table(blocking, snakemake.output.blocking, "blocking", made_by)

@@ -1,0 +1,207 @@
+"""The settings of a run: defaults from the schema, and every error at once, as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator, ValidationError
+
+from moescope.facts import FactsError, Relation, did_you_mean, load_relations, malformed
+
+MOE_SHAPE = ("experts", "experts_per_token", "expert_width")
+DENSE_SHAPE = ("ffn_width",)
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training.json",
+)
+SECTIONS = ("datasets", "models")
+MOE_ARCHITECTURES = ("qwen2_moe", "olmoe", "mixtral")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration and its fact files, one sentence a line."""
+
+    def __init__(self, errors: Sequence[str]):
+        super().__init__("\n".join(errors))
+        self.errors = list(errors)
+
+
+def resolve(
+    raw: Mapping[str, Any], schema: Mapping[str, Any], source: str
+) -> tuple[dict[str, Any], dict[str, list[Relation]]]:
+    """The configuration with its defaults filled in, and the relations of each data set.
+
+    `source` names the file that the sentences point to. Raises ConfigError with every error of the
+    configuration and of all fact files that it leads to.
+    """
+    found = schema_errors(raw, schema)
+    config = with_defaults(raw, schema)
+    broken = {path[:2] for path, _ in found}
+    errors = [f"{source}: {sentence}" for sentence in [*(s for _, s in found), *cross_errors(config, broken)]]
+    tasks = config["tasks"] if ("tasks",) not in broken else schema["properties"]["tasks"]["default"]
+    relations = {}
+    for name, dataset in _entries(config, "datasets", broken).items():
+        try:
+            relations[name] = load_relations(fact_files(dataset), tasks)
+        except FactsError as error:
+            errors += error.errors
+    if errors:
+        raise ConfigError(list(dict.fromkeys(errors)))
+    return config, relations
+
+
+def yaml_error(path: Path) -> str:
+    """Why a configuration file is not YAML, with its line; empty if it is, or if there is no such file."""
+    try:
+        yaml.safe_load(path.read_text(encoding="utf-8") if path.exists() else "")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return malformed(path, error)
+    return ""
+
+
+def fact_files(dataset: Mapping[str, Any]) -> list[Path]:
+    """The fact files of a data set: those of its relations, or all of its folder, sorted by name."""
+    folder = Path(dataset["folder"])
+    if dataset["relations"]:
+        return [folder / f"{relation}.yaml" for relation in dataset["relations"]]
+    return sorted(folder.glob("*.yaml"))
+
+
+def with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
+    """A copy of `value` with the schema's defaults for the keys that it leaves out, at every depth."""
+    if not isinstance(value, Mapping):
+        return deepcopy(value)
+    filled = dict(value)
+    known = schema.get("properties", {})
+    filled.update({key: sub["default"] for key, sub in known.items() if key not in value and "default" in sub})
+    rest = schema.get("additionalProperties") or {}
+    return {key: with_defaults(item, known.get(key, rest)) for key, item in filled.items()}
+
+
+def is_moe(model: Mapping[str, Any]) -> bool:
+    """Whether a model of the configuration has routed experts."""
+    return model["toy"]["architecture"] in MOE_ARCHITECTURES
+
+
+def active_width(toy: Mapping[str, Any]) -> int:
+    """FFN neurons that one token passes through in each layer."""
+    if toy["architecture"] in MOE_ARCHITECTURES:
+        return toy["experts_per_token"] * toy["expert_width"] + toy["shared_width"]
+    return toy["ffn_width"]
+
+
+def schema_errors(raw: Mapping[str, Any], schema: Mapping[str, Any]) -> list[tuple[tuple[str, ...], str]]:
+    """Every violation of the schema: its path and its sentence."""
+    found = [(tuple(map(str, e.absolute_path)), e) for e in Draft202012Validator(schema).iter_errors(raw)]
+    return [(path, sentence) for path, error in sorted(found, key=lambda f: f[0]) for sentence in _sentences(error)]
+
+
+def cross_errors(config: Mapping[str, Any], broken: Collection[tuple[str, ...]]) -> Iterator[str]:
+    """What no schema can say: names that must exist, and shapes that must fit each other.
+
+    `broken` holds the paths (section, or section and name) that the schema has refused already.
+    """
+    models, datasets = _entries(config, "models", broken), _entries(config, "datasets", broken)
+    for name, dataset in datasets.items():
+        if not dataset["relations"] and not fact_files(dataset):
+            yield f"datasets.{name}.folder: '{dataset['folder']}' holds no fact file (*.yaml); name another folder"
+    names = {section: config[section] if isinstance(config.get(section), Mapping) else None for section in SECTIONS}
+    learned = config["toy_training"].get("dataset") if isinstance(config["toy_training"], Mapping) else None
+    if isinstance(learned, str) and names["datasets"] is not None and learned not in names["datasets"]:
+        yield f"toy_training.dataset: '{learned}' is not a data set{did_you_mean(learned, names['datasets'])}"
+    complete = set()
+    for name, model in models.items():
+        shape_errors = list(_shape_errors(model["toy"]))
+        yield from (f"models.{name}.toy.{sentence}" for sentence in shape_errors)
+        if not shape_errors:
+            complete.add(name)
+    for name, model in models.items():
+        partner, here = model["dense_partner"], f"models.{name}.dense_partner"
+        if not partner:
+            continue
+        if partner not in config["models"]:
+            yield f"{here}: '{partner}' is not a model{did_you_mean(partner, config['models'])}"
+        elif partner not in models:
+            continue
+        elif not is_moe(model):
+            yield f"{here}: '{name}' is dense itself; only a Mixture-of-Experts model has a dense partner"
+        elif is_moe(models[partner]):
+            yield f"{here}: '{partner}' is itself a Mixture-of-Experts model; name a dense one"
+        elif {name, partner} <= complete:
+            ours, theirs = (
+                {"layers": t["layers"], "seed": t["seed"], "active FFN neurons": active_width(t)}
+                for t in (model["toy"], models[partner]["toy"])
+            )
+            for what, mine in ours.items():
+                if mine != theirs[what]:
+                    yield f"{here}: '{partner}' has {what} {theirs[what]}, '{name}' has {mine}; a pair must agree"
+
+
+def _shape_errors(toy: Mapping[str, Any]) -> Iterator[str]:
+    architecture = toy["architecture"]
+    moe = architecture in MOE_ARCHITECTURES
+    for key in MOE_SHAPE if moe else DENSE_SHAPE:
+        if key not in toy:
+            yield f"{key}: missing; {architecture} needs {', '.join(MOE_SHAPE if moe else DENSE_SHAPE)}"
+    for key in DENSE_SHAPE if moe else (*MOE_SHAPE, "shared_width"):
+        if toy.get(key):
+            yield f"{key}: {architecture} is {'a Mixture-of-Experts model' if moe else 'dense'} and has none; remove it"
+    if moe and bool(toy["shared_width"]) != (architecture == "qwen2_moe"):
+        has = "always has a shared expert; give its width" if architecture == "qwen2_moe" else "has none; set it to 0"
+        yield f"shared_width: is {toy['shared_width']}, but {architecture} {has}"
+    if moe and toy.get("experts_per_token", 0) > toy.get("experts", 0) > 0:
+        yield f"experts_per_token: {toy['experts_per_token']} is more than the {toy['experts']} experts"
+
+
+def _sentences(error: ValidationError) -> Iterator[str]:
+    path = ".".join(str(part) for part in error.absolute_path)
+    at = f"{path}: " if path else ""
+    prefix = f"{path}." if path else ""
+    value, wanted = error.instance, error.validator_value
+    match error.validator:
+        case "additionalProperties":
+            known = error.schema["properties"]
+            for key in value:
+                if key not in known:
+                    yield f"{prefix}{key}: not a known key{did_you_mean(str(key), known)}"
+        case "required":
+            for key in wanted:
+                if key not in value and f"'{key}'" in error.message:
+                    yield f"{prefix}{key}: missing; {error.schema['properties'][key]['description']}"
+        case "type":
+            yield f"{at}{value!r} is not of type {wanted}; {error.schema.get('description', 'see config/README.md')}"
+        case "enum":
+            yield f"{at}'{value}' is not a known value{did_you_mean(str(value), [str(w) for w in wanted])}"
+        case "minimum":
+            yield f"{at}{value} is too small; at least {wanted} is needed"
+        case "exclusiveMinimum" | "exclusiveMaximum":
+            yield f"{at}{value} must be {'more' if error.validator == 'exclusiveMinimum' else 'less'} than {wanted}"
+        case "pattern":
+            yield (
+                f"{at}'{value}' is not a usable name: it becomes part of a path;"
+                " start with a letter or digit and use only letters, digits, '-' and '_'"
+            )
+        case "not":
+            yield f"{at}'{value}' is the name of a folder of results; choose another name"
+        case "minItems" | "minProperties":
+            yield f"{at}empty; give at least {wanted}"
+        case "multipleOf":
+            yield f"{at}{value} is not a multiple of {wanted}"
+        case _:
+            yield f"{at}{error.message}"
+
+
+def _entries(config: Mapping[str, Any], section: str, broken: Collection[tuple[str, ...]]) -> dict[str, Any]:
+    """The entries of `models` or `datasets` that the schema has accepted."""
+    entries = config.get(section)
+    if not isinstance(entries, Mapping):
+        return {}
+    return {name: entry for name, entry in entries.items() if (section, str(name)) not in broken}

@@ -1,0 +1,21 @@
+"""Snakemake script: result tables of all data sets and models, as CSV and Parquet."""
+
+from pathlib import Path
+
+from moescope import artifacts, logs, tables
+
+logs.to_file_and_terminal(snakemake.log[0])
+settings, code = snakemake.params.settings, snakemake.params.code
+
+runs = {tuple(run): {} for run in settings["runs"]}
+for kind, paths in snakemake.input.items():
+    for run, path in zip(runs.values(), paths, strict=True):
+        run[kind] = artifacts.read_table(path, kind)
+sources = [artifacts.table_provenance(path) for path in snakemake.input.prompts]
+made_by = artifacts.provenance(settings, code, sources=[artifacts.names(source) for source in sources])
+
+folder = Path(snakemake.output[0]).parent
+bootstrap = tables.Bootstrap(**settings["statistics"], seed=settings["seed"])
+for name, table in tables.tables(settings["tables"], runs, settings["partners"], bootstrap):
+    artifacts.write_table(table, folder / f"{name}.parquet", "table", made_by)
+    artifacts.write_csv(table, folder / f"{name}.csv")

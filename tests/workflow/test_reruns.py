@@ -1,0 +1,106 @@
+"""What re-runs after an edit, and what does not."""
+
+import os
+
+import pytest
+import yaml
+
+import small
+
+PLOTS = {f"plot_{name}" for name in ("gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only")}
+AFTER_ATTRIBUTION = {"attribute", "block_experts", "summarise_attribution", "summarise_interventions", *PLOTS}
+AFTER_MODELS = {"capture", "gather_prompts", "keep_only", *AFTER_ATTRIBUTION}
+EVERYTHING = {"write_dataset", "train_toy", *AFTER_MODELS}
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def test_a_second_run_does_nothing(finished):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "results").rglob("*") if path.is_file()}
+    assert "Nothing to be done" in small.snakemake(finished)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("module", "rules"),
+    [
+        ("plots", PLOTS),
+        ("tables", {"summarise_attribution", "summarise_interventions", *PLOTS}),
+        ("lens", AFTER_ATTRIBUTION),
+        ("attribution", AFTER_ATTRIBUTION),
+        ("intervene", {"block_experts", "keep_only", "summarise_interventions", "plot_blocking", "plot_keep_only"}),
+        ("capture", AFTER_MODELS),
+        ("toy", {"train_toy", *AFTER_MODELS}),
+        ("artifacts", EVERYTHING),
+        ("config", set()),
+    ],
+)
+def test_an_edit_of_a_module_reruns_what_reaches_it(copy_of_finished, module, rules):
+    path = copy_of_finished / f"scripts/moescope/{module}.py"
+    path.write_text(path.read_text() + "# a comment\n")
+    assert set(small.planned(copy_of_finished)) == rules
+
+
+def test_an_edit_of_a_script_reruns_its_rule(copy_of_finished):
+    edit(copy_of_finished / "scripts/keep_only.py", "Snakemake script", "A Snakemake script")
+    assert set(small.planned(copy_of_finished)) == {
+        "keep_only",
+        "summarise_interventions",
+        "plot_keep_only",
+        "plot_blocking",
+    }
+
+
+def test_touched_files_and_a_new_module_rerun_nothing(copy_of_finished):
+    for path in (copy_of_finished / "scripts").rglob("*.py"):
+        os.utime(path)
+    (copy_of_finished / "scripts/moescope/new.py").write_text("# not imported by anything\n")
+    assert small.planned(copy_of_finished) == {}
+
+
+def test_an_edited_fact_reruns_what_depends_on_it(copy_of_finished):
+    edit(copy_of_finished / "config/facts/animal_young.yaml", "cow: calf", "cow: [calf, heifer]")
+    assert set(small.planned(copy_of_finished)) == EVERYTHING
+    edit(copy_of_finished / "config/facts/animal_young.yaml", "cow: [calf, heifer]", "cow: calf")
+    edit(copy_of_finished / "config/facts/company_hq.yaml", "Sony: Tokyo", "Sony: Minato")
+    # The content is what it was, and company_hq is not in this data set.
+    assert small.planned(copy_of_finished) == {}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "rules"),
+    [
+        (
+            "blocking",
+            {"random_draws": 4},
+            {"block_experts", "summarise_interventions", "plot_blocking", "plot_keep_only"},
+        ),
+        ("keep_only", {"top": [1, 2]}, {"keep_only", "summarise_interventions", "plot_blocking", "plot_keep_only"}),
+        ("statistics", {"confidence": 0.9}, {"summarise_attribution", "summarise_interventions", *PLOTS}),
+        ("toy_training", {"epochs": 4}, {"train_toy", *AFTER_MODELS}),
+        ("toy_training", {"epochs": 3, "dataset": "facts"}, set()),
+    ],
+)
+def test_a_setting_reruns_what_it_reaches(copy_of_finished, section, change, rules):
+    config = small.SMALL | {section: small.SMALL[section] | change}
+    (copy_of_finished / "config/config.yaml").write_text(yaml.safe_dump(config))
+    assert set(small.planned(copy_of_finished)) == rules
+
+
+@pytest.mark.parametrize(
+    ("target", "rules"),
+    [
+        ("models", {"write_dataset", "train_toy"}),
+        ("activations", {"write_dataset", "train_toy", "capture", "gather_prompts"}),
+        ("attribution", {"write_dataset", "train_toy", "capture", "gather_prompts", "attribute"}),
+        ("interventions", EVERYTHING - PLOTS - {"summarise_attribution", "summarise_interventions"}),
+        ("tables", EVERYTHING - PLOTS),
+    ],
+)
+def test_stage_targets(tmp_path, target, rules):
+    folder = small.make(tmp_path / "run")
+    assert set(small.planned(folder, target)) - {target} == rules

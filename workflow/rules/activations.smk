@@ -1,0 +1,68 @@
+"""The forward pass: prompts with their clean scores, and the activation cache.
+
+INPUT   results/{dataset}/dataset.parquet, results/models/{model}/
+OUTPUT  results/{dataset}/{model}/prompts.parquet                    prompts, targets, clean rank and log-probability
+        results/{dataset}/{model}/dropped.parquet                    prompts that cannot be used, with the reason
+        results/{dataset}/{model}/activations/{shard}.safetensors    the cache (capture.capture lists its tensors)
+        results/{dataset}/{model}/activations/{shard}.parquet        the prompts of a shard, in its order
+        results/{dataset}/{model}/activations/index.json             shards, tensors, provenance, verified equations
+"""
+
+
+rule activations:
+    input:
+        expand("results/{dataset}/{model}/prompts.parquet", dataset=DATASETS, model=MODELS),
+
+
+rule capture:
+    """Run the prompts of a shard and record the parts of the residual stream at the readout position."""
+    input:
+        dataset="results/{dataset}/dataset.parquet",
+        model=model_files,
+    output:
+        activations="results/{dataset}/{model}/activations/{shard}.safetensors",
+        prompts="results/{dataset}/{model}/activations/{shard}.parquet",
+        dropped="results/{dataset}/{model}/activations/{shard}.dropped.parquet",
+    log:
+        "results/logs/capture/{dataset}/{model}/{shard}.log",
+    benchmark:
+        "results/logs/capture/{dataset}/{model}/{shard}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=memory(2),
+        runtime=60,
+    params:
+        code=code("capture.py"),
+        settings=settings("batch_size", "shards", of_dataset=["templates"], of_model=["device"]),
+    script:
+        "../../scripts/capture.py"
+
+
+rule gather_prompts:
+    """Put the shards' prompts together and index the cache."""
+    input:
+        activations=expand("results/{{dataset}}/{{model}}/activations/{shard}.safetensors", shard=SHARDS),
+        prompts=expand("results/{{dataset}}/{{model}}/activations/{shard}.parquet", shard=SHARDS),
+        dropped=expand("results/{{dataset}}/{{model}}/activations/{shard}.dropped.parquet", shard=SHARDS),
+    output:
+        prompts="results/{dataset}/{model}/prompts.parquet",
+        dropped="results/{dataset}/{model}/dropped.parquet",
+        index="results/{dataset}/{model}/activations/index.json",
+    log:
+        "results/logs/gather_prompts/{dataset}/{model}.log",
+    benchmark:
+        "results/logs/gather_prompts/{dataset}/{model}.benchmark.tsv"
+    conda:
+        "../../envs/analysis.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1),
+        runtime=10,
+    params:
+        code=code("gather_prompts.py"),
+        settings=settings(),
+    script:
+        "../../scripts/gather_prompts.py"

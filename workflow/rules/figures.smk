@@ -1,0 +1,62 @@
+"""Figures, one rule each, so that each has its own caption in the report.
+
+INPUT   results/tables/*.parquet
+OUTPUT  results/figures/{dataset}.{figure}.svg
+"""
+
+FIGURE_TABLES = {
+    "gains": ["gains"],
+    "stages": ["stages"],
+    "efficiency": ["efficiency", "experts"],
+    "heads": ["heads"],
+    "experts": ["experts"],
+    "blocking": ["blocking"],
+    "keep_only": ["keep_only"],
+}
+MOE_FIGURES = ["experts", "blocking", "keep_only"] if MOE else []
+FIGURES = [
+    figure for figure in FIGURE_TABLES if figure in MOE_FIGURES or figure not in ("experts", "blocking", "keep_only")
+]
+
+
+rule figures:
+    input:
+        expand("results/figures/{dataset}.{figure}.svg", dataset=DATASETS, figure=FIGURES),
+
+
+for figure in FIGURES:
+
+    rule:
+        name:
+            f"plot_{figure}"
+        input:
+            **{table: f"results/tables/{table}.parquet" for table in FIGURE_TABLES[figure]},
+        output:
+            figure=report(
+                f"results/figures/{{dataset}}.{figure}.svg",
+                caption=f"../report/{figure}.rst",
+                category="Figures",
+                labels={"figure": figure, "data set": "{dataset}"},
+            ),
+        log:
+            f"results/logs/plot/{{dataset}}.{figure}.log",
+        benchmark:
+            f"results/logs/plot/{{dataset}}.{figure}.benchmark.tsv"
+        conda:
+            "../../envs/analysis.yaml"
+        threads: 1
+        resources:
+            mem_mb=memory(1),
+            runtime=10,
+        params:
+            code=code("plot.py"),
+            settings=settings(
+                "seed",
+                "statistics",
+                of_dataset=["n_prompts"],
+                figure=figure,
+                models=MOE if figure in MOE_FIGURES else list(MODELS),
+                toy=True,
+            ),
+        script:
+            "../../scripts/plot.py"
