@@ -20,6 +20,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from moescope import __version__
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,8 +53,8 @@ def provenance(
 
     From the provenance of an artifact that it was made from it inherits what names the data and the model.
     """
-    versions = {}
-    for package in ("moescope", "torch", "transformers", "numpy", "pandas", "pyarrow", "snakemake"):
+    versions = {"moescope": __version__}
+    for package in ("torch", "transformers", "numpy", "pandas", "pyarrow", "snakemake"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return {

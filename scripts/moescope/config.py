@@ -76,12 +76,15 @@ def fact_files(dataset: Mapping[str, Any]) -> list[Path]:
 
 
 def with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
-    """A copy of `value` with the schema's defaults for the keys that it leaves out, at every depth."""
+    """A copy of `value` with the schema's defaults for the keys that it leaves out, at every depth.
+
+    Keys that the schema knows come in its order, so that their order in a file changes nothing.
+    """
     if not isinstance(value, Mapping):
         return deepcopy(value)
-    filled = dict(value)
     known = schema.get("properties", {})
-    filled.update({key: sub["default"] for key, sub in known.items() if key not in value and "default" in sub})
+    defaults = {key: sub["default"] for key, sub in known.items() if "default" in sub}
+    filled = {key: value.get(key, defaults.get(key)) for key in known if key in value or key in defaults} | dict(value)
     rest = schema.get("additionalProperties") or {}
     return {key: with_defaults(item, known.get(key, rest)) for key, item in filled.items()}
 

@@ -148,7 +148,7 @@ def efficiency(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Every metric of every model with its interval; dense models are hollow."""
     table = tables["efficiency"]
     table = table[(table["task"] == "all") & (table["minus"] == "")]
-    dense = set(models) - set(tables["experts"]["model"]) if len(tables["experts"]) else set(models)
+    dense = set(table.loc[table["kind"] == "dense", "model"])
     units = {
         "hit_at_10": "HIT@10",
         "mrr": "MRR",

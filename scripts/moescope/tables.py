@@ -45,18 +45,19 @@ class Bootstrap:
 def efficiency(runs: Runs, partners: Mapping[str, str], bootstrap: Bootstrap) -> pd.DataFrame:
     """KA Table 1 for each model, and the difference MoE - dense for each pair on the prompts that both have.
 
-    Columns: dataset, model, minus (the dense partner in a difference, else empty), task, metric, estimate,
-    low, high, prompts, subjects. Metrics: HIT@10, MRR; FFN and attention gain (sum over layers of the mean
-    LPI); peak position (mean over prompts of the layer with the largest FFN gain, counted from 1, divided by
-    the number of layers); layer efficiency (FFN gain / number of layers).
+    Columns: dataset, model, kind (of the model: moe or dense), minus (the dense partner in a difference, else
+    empty), task, metric, estimate, low, high, prompts, subjects. Metrics: HIT@10, MRR; FFN and attention gain
+    (sum over layers of the mean LPI); peak position (mean over prompts of the layer with the largest FFN gain,
+    counted from 1, divided by the number of layers); layer efficiency (FFN gain / number of layers).
     """
     rows: list[dict[str, Any]] = []
     for (dataset, model), run in runs.items():
         mine = _per_prompt(run)
+        labels = {"dataset": dataset, "model": model, "kind": "moe" if len(run["experts"]) else "dense"}
         for task, scope in _tasks(run["prompts"]):
             values = mine.loc[scope["prompt_id"]].to_numpy()
             summary = bootstrap.summary(bootstrap.means(values, scope["subject"]))
-            rows += _metric_rows(dataset, model, "", task, summary, scope)
+            rows += _metric_rows(labels | {"minus": "", "task": task}, summary, scope)
         if model not in partners:
             continue
         other = _per_prompt(runs[dataset, partners[model]])
@@ -65,7 +66,7 @@ def efficiency(runs: Runs, partners: Mapping[str, str], bootstrap: Bootstrap) ->
             values = np.hstack([mine.loc[scope["prompt_id"]], other.loc[scope["prompt_id"]]])
             means = bootstrap.means(values, scope["subject"])
             summary = bootstrap.summary(means[:, : len(METRICS)] - means[:, len(METRICS) :])
-            rows += _metric_rows(dataset, model, partners[model], task, summary, scope)
+            rows += _metric_rows(labels | {"minus": partners[model], "task": task}, summary, scope)
     return pd.DataFrame(rows)
 
 
@@ -196,15 +197,15 @@ def _per_prompt(run: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def _metric_rows(
-    dataset: str, model: str, minus: str, task: str, summary: Mapping[str, np.ndarray], scope: pd.DataFrame
-) -> Iterator[dict]:
+    labels: Mapping[str, str], summary: Mapping[str, np.ndarray], scope: pd.DataFrame
+) -> Iterator[dict[str, Any]]:
     for i, metric in enumerate(METRICS):
-        row = {"dataset": dataset, "model": model, "minus": minus, "task": task, "metric": metric}
-        yield row | {key: values[i] for key, values in summary.items()} | _counts(scope)
+        yield {**labels, "metric": metric} | {key: values[i] for key, values in summary.items()} | _counts(scope)
 
 
 def _column_summary(wide: pd.DataFrame, prompts: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
     """Summary of each column of a table with one row a prompt; its column keys become columns."""
+    wide = wide.sort_index(axis=1)
     means = bootstrap.means(wide.loc[prompts["prompt_id"]].to_numpy(), prompts["subject"])
     return wide.columns.to_frame(index=False).assign(**bootstrap.summary(means))
 

@@ -4,19 +4,18 @@ INPUT   results/tables/*.parquet
 OUTPUT  results/figures/{dataset}.{figure}.svg
 """
 
-FIGURE_TABLES = {
+MOE_FIGURES = ["experts", "blocking", "keep_only"]
+FIGURES = {
     "gains": ["gains"],
     "stages": ["stages"],
-    "efficiency": ["efficiency", "experts"],
+    "efficiency": ["efficiency"],
     "heads": ["heads"],
     "experts": ["experts"],
     "blocking": ["blocking"],
     "keep_only": ["keep_only"],
 }
-MOE_FIGURES = ["experts", "blocking", "keep_only"] if MOE else []
-FIGURES = [
-    figure for figure in FIGURE_TABLES if figure in MOE_FIGURES or figure not in ("experts", "blocking", "keep_only")
-]
+if not MOE:
+    FIGURES = {figure: tables for figure, tables in FIGURES.items() if figure not in MOE_FIGURES}
 
 
 rule figures:
@@ -24,13 +23,13 @@ rule figures:
         expand("results/figures/{dataset}.{figure}.svg", dataset=DATASETS, figure=FIGURES),
 
 
-for figure in FIGURES:
+for figure, tables in FIGURES.items():
 
     rule:
         name:
             f"plot_{figure}"
         input:
-            **{table: f"results/tables/{table}.parquet" for table in FIGURE_TABLES[figure]},
+            **{table: f"results/tables/{table}.parquet" for table in tables},
         output:
             figure=report(
                 f"results/figures/{{dataset}}.{figure}.svg",

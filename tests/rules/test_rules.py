@@ -1,0 +1,222 @@
+"""Every rule by itself, through Snakemake, on the small toy models: its outputs hold what its contract says."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors import safe_open
+
+from moescope import artifacts, config
+
+import small
+
+RESULTS = "results/facts/small-moe"
+
+
+@pytest.fixture
+def run_rule(copy_of_finished):
+    """Delete a rule's outputs and make them again with that rule alone."""
+
+    def of(rule, *targets):
+        for target in targets:
+            (copy_of_finished / target).unlink()
+        small.snakemake(copy_of_finished, *targets, "--allowed-rules", rule)
+        return [copy_of_finished / target for target in targets]
+
+    return of
+
+
+def prompts_of(folder):
+    return artifacts.read_table(folder / RESULTS / "prompts.parquet", "prompts")
+
+
+def test_write_dataset(run_rule):
+    [path] = run_rule("write_dataset", "results/facts/dataset.parquet")
+    table = artifacts.read_table(path, "dataset")
+    assert set(table["relation"]) == {"animal_young", "country_capital", "product_by_company"}
+    assert table.groupby("fact_id").size().eq(5).all()
+    assert len(artifacts.table_provenance(path)["dataset_digest"]) == 16
+
+
+def test_train_toy(run_rule, finished):
+    files = [f"results/models/small-dense/{file}" for file in config.CHECKPOINT_FILES]
+    paths = run_rule("train_toy", *files)
+    for path, file in zip(paths, files):
+        if path.name != "training.json":
+            assert path.read_bytes() == (finished / file).read_bytes(), file
+    report = json.loads(paths[-1].read_text())
+    assert report["model"] == "small-dense"
+    assert report["mrr_without"]["ffn"] < 0.5
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = paths[0].parent
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "Qwen2ForCausalLM"
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_capture(run_rule, finished):
+    names = ["0.safetensors", "0.parquet", "0.dropped.parquet"]
+    tensors, prompts, dropped = run_rule("capture", *(f"{RESULTS}/activations/{name}" for name in names))
+    table = artifacts.read_table(prompts, "prompts")
+    assert len(table) + len(artifacts.read_table(dropped, "dropped")) == 199
+    assert table["held_out"].all()
+    with safe_open(tensors, "np") as cache, safe_open(finished / RESULTS / "activations/0.safetensors", "np") as before:
+        assert cache.keys() == before.keys()
+        for name in cache.keys():  # noqa: SIM118
+            assert np.array_equal(cache.get_tensor(name), before.get_tensor(name)), name
+            assert len(cache.get_tensor(name)) == len(table)
+        assert cache.get_tensor("prompt_id").tolist() == table["prompt_id"].tolist()
+        per_layer = {name.split(".", 1)[1] for name in cache.keys() if name.startswith("0.")}  # noqa: SIM118
+    assert per_layer == {
+        "resid_pre",
+        "resid_mid",
+        "head_in",
+        "router_logits",
+        "expert_ids",
+        "expert_weights",
+        "expert_acts",
+        "expert_load",
+        "shared.0.acts",
+        "shared.0.gate",
+    }
+    found = artifacts.table_provenance(prompts)
+    digest = artifacts.file_digest(finished / "results/models/small-moe/model.safetensors")
+    assert (found["model_commit"], found["dtype"], found["device"]) == (digest, "float32", "cpu")
+    assert max(found["verified"].values()) < 1e-5
+    assert {"settings", "settings_digest", "code_digest", "dataset_digest", "versions", "time"} <= set(found)
+
+
+def test_gather_prompts(run_rule):
+    targets = [f"{RESULTS}/{name}" for name in ("prompts.parquet", "dropped.parquet", "activations/index.json")]
+    prompts, _, index = run_rule("gather_prompts", *targets)
+    table = artifacts.read_table(prompts, "prompts")
+    assert table["prompt_id"].is_monotonic_increasing
+    assert table["prompt_id"].is_unique
+    assert (table["rank"] >= 1).all()
+    assert (table["log_prob"] <= 0).all()
+    assert all(row.target_id in row.accepted_ids for row in table.itertuples())
+    found = json.loads(index.read_text())
+    assert found["shards"]["0.safetensors"]["resid_final"] == [[len(table), 64], "F32"]
+    assert found["provenance"]["model_commit"]
+
+
+def test_attribute(run_rule):
+    targets = [f"{RESULTS}/attribution/{level}.parquet" for level in ("layers", "heads", "experts")]
+    paths = run_rule("attribute", *targets)
+    layers, heads, experts = (artifacts.read_table(path, path.stem) for path in paths)
+    n = len(prompts_of(paths[0].parents[4]))
+    assert (len(layers), len(heads), len(experts)) == (n * 3, n * 3 * 4, n * 3 * 3)
+    assert dict(layers.dtypes.astype(str)) == {
+        "prompt_id": "int32",
+        "layer": "int16",
+        "attention": "float32",
+        "ffn": "float32",
+    }
+    assert dict(experts.dtypes.astype(str)) | {"lpi": "float32", "weight": "float32"} == {
+        "prompt_id": "int32",
+        "layer": "int16",
+        "expert": "int16",
+        "lpi": "float32",
+        "weight": "float32",
+    }
+    assert set(experts["expert"]) == {-1, 0, 1, 2, 3}
+    assert experts["weight"].between(0, 1).all()
+
+
+def test_attribute_of_a_dense_model(run_rule):
+    targets = [f"results/facts/small-dense/attribution/{level}.parquet" for level in ("layers", "heads", "experts")]
+    paths = run_rule("attribute", *targets)
+    assert len(artifacts.read_table(paths[0], "layers"))
+    assert not len(artifacts.read_table(paths[2], "experts"))
+
+
+def test_block_experts(run_rule):
+    targets = [f"{RESULTS}/interventions/{name}.parquet" for name in ("blocking", "blocked_experts")]
+    blocking, ranking = run_rule("block_experts", *targets)
+    table = artifacts.read_table(blocking, "blocking")
+    prompts = prompts_of(blocking.parents[4])
+    # Two sizes, each with the best experts and three random draws, for every prompt.
+    assert len(table) == len(prompts) * 2 * 4
+    assert set(table["draw"]) == {-1, 0, 1, 2}
+    assert set(table["n_blocked"]) == {1, 2}
+    chosen = artifacts.read_table(ranking, "blocked_experts")
+    assert len(chosen) == 3 * 2 * 2
+    assert (chosen["expert"] >= 0).all()
+    assert chosen.groupby(["relation", "half"])["mean_lpi"].is_monotonic_decreasing.all()
+
+
+def test_keep_only(run_rule):
+    [path] = run_rule("keep_only", f"{RESULTS}/interventions/keep_only.parquet")
+    table = artifacts.read_table(path, "keep_only")
+    prompts = prompts_of(path.parents[4])
+    assert len(table) == len(prompts) * 2 * 3
+    everything = table[table["shared"] & (table["routed"] == -1)].set_index("prompt_id").loc[prompts["prompt_id"]]
+    assert (everything["rank"].to_numpy() == prompts["rank"].to_numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "names"),
+    [
+        ("summarise_attribution", ["efficiency", "stages", "gains", "heads", "experts"]),
+        ("summarise_interventions", ["blocking", "keep_only"]),
+    ],
+)
+def test_summaries(run_rule, finished, rule, names):
+    targets = [f"results/tables/{name}.{suffix}" for name in names for suffix in ("csv", "parquet")]
+    run_rule(rule, *targets)
+    for path in (finished / target for target in targets):
+        if path.suffix == ".csv":
+            rounded = pd.read_csv(path)
+            exact = artifacts.read_table(path.with_suffix(".parquet"), "table")
+            assert list(rounded) == list(exact)
+            assert len(rounded) == len(exact) > 0
+            assert (rounded["prompts"] > 0).all()
+            assert (rounded["subjects"] > 0).all()
+    sources = artifacts.table_provenance(finished / f"results/tables/{names[0]}.parquet")["sources"]
+    assert all(source["model_commit"] and source["dataset_digest"] for source in sources)
+
+
+def test_efficiency_agrees_with_the_prompts_of_the_run(finished):
+    table = artifacts.read_table(finished / "results/tables/efficiency.parquet", "table")
+    mrr = table[(table["model"] == "small-moe") & (table["minus"] == "") & (table["task"] == "all")]
+    mrr = mrr.set_index("metric")["estimate"]
+    rank = prompts_of(finished)["rank"]
+    assert mrr["mrr"] == pytest.approx((1 / rank).mean())
+    assert mrr["hit_at_10"] == pytest.approx((rank <= 10).mean())
+
+
+@pytest.mark.parametrize("figure", ["gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only"])
+def test_plots(run_rule, finished, figure):
+    target = f"results/figures/facts.{figure}.svg"
+    [path] = run_rule(f"plot_{figure}", target)
+    assert path.read_text().startswith("<?xml")
+    assert path.read_bytes() == (finished / target).read_bytes()
+    assert "findings about toy models" in path.read_text()
+
+
+def test_every_rule_writes_its_log_and_benchmark(finished):
+    rules = {path.name for path in (finished / "results/logs").iterdir() if path.is_dir()}
+    assert {"write_dataset", "train_toy", "capture", "gather_prompts", "attribute", "block_experts"} <= rules
+    logs = list((finished / "results/logs").rglob("*.log"))
+    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 20
+    verified = (finished / "results/logs/capture/facts/small-moe/0.log").read_text()
+    assert "sum of heads = attention output" in verified
+
+
+def test_the_report_holds_every_figure_and_table(finished, tmp_path):
+    report = tmp_path / "report.html"
+    small.snakemake(finished, "--report", str(report))
+    text = report.read_text()
+    for figure in ("gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only"):
+        assert f"facts.{figure}.svg" in text
+    for table in ("efficiency", "stages", "blocking", "keep_only"):
+        assert f"{table}.csv" in text
+    for words in (
+        "199 (fewer if any were dropped",
+        "95% percentile bootstrap, 100",
+        "seed 0",
+        "findings about toy models",
+    ):
+        assert words in text, words

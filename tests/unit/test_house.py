@@ -1,0 +1,115 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+LIBRARY = sorted((ROOT / "scripts/moescope").glob("*.py"))
+RULES = sorted((ROOT / "workflow/rules").glob("*.smk"))
+
+
+def test_the_workflow_fetches_the_whole_library():
+    common = (ROOT / "workflow/rules/common.smk").read_text()
+    listed = re.search(r'LIBRARY = \(\s*"([^"]+)"', common).group(1).split()
+    assert sorted(listed) == [path.stem for path in LIBRARY]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_thin_and_read_only_what_reaches_their_params(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 40
+    assert "snakemake.config" not in text
+    assert "snakemake.wildcards" not in text
+    assert "logs.to_file_and_terminal(snakemake.log[0])" in text
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: path.name)
+def test_the_library_knows_no_snakemake_and_no_pickle(path):
+    text = path.read_text()
+    assert not re.search(r"\bsnakemake\.", text)
+    assert not re.search(r"torch\.load|pickle|trust_remote_code", text)
+
+
+@pytest.mark.parametrize("module", ["artifacts", "config", "facts", "logs", "plots", "stats", "tables"])
+def test_light_modules_do_not_import_torch(module):
+    """A rule that needs no torch must not pay for it: only imports for type checkers may name it."""
+    tree = ast.parse((ROOT / f"scripts/moescope/{module}.py").read_text())
+    for node in tree.body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "safetensors"}
+
+
+def test_every_rule_declares_its_log_resources_and_code():
+    for path in RULES:
+        text = path.read_text()
+        for body in re.split(r"\n *rule ?\w*:\n", text)[1:]:
+            if "script:" in body:
+                for directive in ("log:", "benchmark:", "conda:", "threads:", "resources:", "code=code(", "settings="):
+                    assert directive in body, (path.name, directive)
+        if path.name != "common.smk":
+            assert text.startswith('"""')
+            assert "INPUT" in text
+            assert "OUTPUT" in text
+    assert len((ROOT / "workflow/Snakefile").read_text().splitlines()) < 60
+
+
+def pinned(path):
+    lines = [line.split(" #")[0].strip() for line in path.read_text().splitlines()]
+    return dict(line.lower().split("==") for line in lines if "==" in line)
+
+
+def env_pins(path):
+    found = {}
+    for item in yaml.safe_load(path.read_text())["dependencies"]:
+        for line in item["pip"] if isinstance(item, dict) else [item]:
+            name, _, version = line.replace("==", "=").partition("=")
+            found[name.replace("matplotlib-base", "matplotlib")] = version
+    return found
+
+
+@pytest.mark.parametrize("env", ["analysis", "model"])
+def test_environments_pin_what_the_lock_file_pins(env):
+    lock = pinned(ROOT / "requirements.txt")
+    for name, version in env_pins(ROOT / f"envs/{env}.yaml").items():
+        if name not in ("python", "pip"):
+            assert lock[name] == version, name
+
+
+def imports(path, seen=None):
+    """Top-level packages that a script reaches, also through the library."""
+    seen = set() if seen is None else seen
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"moescope.{a.name}" for a in node.names] if node.module == "moescope" else [node.module]
+            names = [name for name in names if name != "moescope.__version__"]
+        for name in names:
+            if name.startswith("moescope.") and name not in seen:
+                seen.add(name)
+                imports(ROOT / f"scripts/{name.replace('.', '/')}.py", seen)
+            seen.add(name if name.startswith("moescope") else name.split(".")[0])
+    return seen
+
+
+def test_every_scripts_imports_are_in_its_environment():
+    rules = "\n".join(path.read_text() for path in RULES)
+    checked = 0
+    for env, script in re.findall(
+        r'envs/(\w+)\.yaml"(?:(?!envs/).)*?scripts/(\w+\.py)"\s*\n(?=\s*$|\n|\Z)', rules, re.S
+    ):
+        needed = {name for name in imports(ROOT / "scripts" / script) if not name.startswith("moescope")}
+        needed -= {*sys.stdlib_module_names, "__future__"}
+        if env == "analysis":
+            # Imported only inside functions that a light rule may call; torch is not among them.
+            needed -= {"torch", "safetensors"}
+        listed = {name.replace("pyyaml", "yaml") for name in env_pins(ROOT / f"envs/{env}.yaml")}
+        assert needed <= listed, (script, needed - listed)
+        checked += 1
+    assert checked >= 10
