@@ -124,7 +124,7 @@ def matched_draw(
     return tuple(drawn)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_blocking(
     model: PreTrainedModel,
     parts: Anatomy,
@@ -166,7 +166,7 @@ def measure_blocking(
     return pd.DataFrame({"prompt_id": pairs["prompt_id"], **columns, "rank": rank, "log_prob": log_prob})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure_keep_only(
     model: PreTrainedModel, parts: Anatomy, prompts: pd.DataFrame, top: Sequence[int], batch_size: int
 ) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from moescope.lens import Readout, log_prob, lpi
 from moescope.models import Anatomy, Layer, expert_contributions, head_contributions, shared_contribution
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attribute(
     parts: Anatomy, activations: Sequence[Path], prompts: pd.DataFrame
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

@@ -36,7 +36,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torc
 CHECK_ONLY = ("attention_out", "ffn_out", "resid_post")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def capture(
     model: PreTrainedModel, parts: Anatomy, tokens: pd.DataFrame, batch_size: int
 ) -> tuple[dict[str, Tensor], pd.DataFrame, dict[str, float]]:

@@ -98,7 +98,7 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{folder}/: cannot be loaded ({one_line(error)}); delete it and run again") from error
-    return cast(Any, model).to(device).eval(), tokenizer
+    return cast(Any, model).to(device).eval().requires_grad_(False), tokenizer
 
 
 def identity(model: PreTrainedModel, folder: Path) -> dict[str, str]:
@@ -215,26 +215,34 @@ def _layer(index: int, block: nn.Module, hidden: int) -> Layer:
     head_dim = getattr(attention, "head_dim", None)
     if not isinstance(head_dim, int) or out_proj.in_features % head_dim:
         raise AnatomyError(f"layer {index}: the size of an attention head cannot be told (head_dim is {head_dim})")
-    found = [module for module in ffn.modules() if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")]
     common = (index, block, attention, out_proj, head_dim, norms[1], ffn)
-    if not found:
+    experts = [
+        module for module in ffn.modules() if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    ]
+    if not experts:
         return Layer(*common, _last_linear(ffn, hidden, f"layer {index}: FFN"), None, None, ())
-    experts = found[0]
-    if experts.has_bias or experts.has_post_expert_norm or not experts.has_gate or len(found) > 1:
+    if len(experts) > 1:
+        raise AnatomyError(f"layer {index}: {len(experts)} modules of routed experts found, one is needed")
+    return Layer(*common, None, experts[0], *_around_experts(index, ffn, experts[0], hidden))
+
+
+def _around_experts(
+    index: int, ffn: nn.Module, experts: nn.Module, hidden: int
+) -> tuple[nn.Module, tuple[Shared, ...]]:
+    """The router and the shared experts of an MoE FFN, beside its module of routed experts."""
+    if experts.has_bias or experts.has_post_expert_norm or not experts.has_gate:
         raise AnatomyError(f"layer {index}: experts with biases, a norm of their own or no gate are not understood")
     siblings = [module for module in ffn.children() if module is not experts]
     n_experts = len(cast(Tensor, experts.down_proj))
     routers = [m for m in siblings if any(p.shape[:1] == (n_experts,) for p in m.parameters())]
-    gates = [m for m in siblings if isinstance(m, nn.Linear) and m.out_features == 1]
-    shared = [m for m in siblings if not isinstance(m, nn.Linear) and list(_linears(m, hidden))]
-    if len(routers) != 1 or len(gates) > len(shared):
+    if len(routers) != 1:
         raise AnatomyError(f"layer {index}: {len(routers)} routers for {n_experts} experts found, one is needed")
-    gate_of = [*gates, *[None] * (len(shared) - len(gates))]
-    both = tuple(
-        Shared(module, _last_linear(module, hidden, f"layer {index}: shared expert"), gate)
-        for module, gate in zip(shared, gate_of, strict=True)
-    )
-    return Layer(*common, None, experts, routers[0], both)
+    modules = [m for m in siblings if not isinstance(m, nn.Linear) and any(_linears(m, hidden))]
+    gates: list[nn.Linear | None] = [m for m in siblings if isinstance(m, nn.Linear) and m.out_features == 1]
+    if gates and len(gates) != len(modules):
+        raise AnatomyError(f"layer {index}: {len(gates)} gates for {len(modules)} shared experts found")
+    downs = [_last_linear(module, hidden, f"layer {index}: shared expert") for module in modules]
+    return routers[0], tuple(map(Shared, modules, downs, gates or [None] * len(modules)))
 
 
 def _is_norm(module: nn.Module, hidden: int) -> bool:

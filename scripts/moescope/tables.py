@@ -135,7 +135,7 @@ def blocking(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     One row for each data set, model, scope (all prompts, a task or a relation) and n_blocked. Columns, for
     HIT@10 and MRR: clean; blocked with low and high; random (mean of the draws) with random_low and
     random_high (interval over the draws); drop = clean - blocked with drop_low and drop_high; and
-    draws_as_low: share of the random draws whose MRR is at most that of the blocked experts.
+    draws_as_low: share of the random draws with a mean at most that of the blocked experts.
     """
     rows = []
     for (dataset, model), run in runs.items():
@@ -149,12 +149,12 @@ def blocking(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                     before, after = value(clean.loc[ids].to_numpy()), value(wide.loc[ids].to_numpy())
                     means = bootstrap.means(np.column_stack([before, after[:, 0]]), scope["subject"])
                     random = after[:, 1:].mean(0)
+                    low, high = interval(random, bootstrap.confidence)
+                    row |= {f"{metric}_clean": before.mean()}
                     row |= _prefixed(f"{metric}_blocked", bootstrap.summary(means[:, 1]))
                     row |= _prefixed(f"{metric}_drop", bootstrap.summary(means[:, 0] - means[:, 1]))
-                    row |= {f"{metric}_clean": before.mean(), f"{metric}_random": random.mean()}
-                    low, high = interval(random, bootstrap.confidence)
-                    row |= {f"{metric}_random_low": low, f"{metric}_random_high": high}
-                    row["draws_as_low"] = np.mean(random <= after[:, 0].mean())
+                    row |= _prefixed(f"{metric}_random", {"estimate": random.mean(), "low": low, "high": high})
+                    row[f"{metric}_draws_as_low"] = np.mean(random <= after[:, 0].mean())
                 rows.append(row | {"draws": wide.shape[1] - 1} | _counts(scope))
     return pd.DataFrame(rows)
 

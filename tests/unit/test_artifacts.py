@@ -53,6 +53,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_reader_of_the_old_file_never_sees_a_half_new_one(tmp_path):
+    path = tmp_path / "t.txt"
+    artifacts.write_text("old", path)
+    with path.open() as reader:
+        artifacts.write_text("something new", path)
+        assert reader.read() == "old"
+    assert path.read_text() == "something new"
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"hello" + b[5:]])
 def test_damaged_files_are_named_and_refused(tmp_path, damage):
     artifacts.write_table(TABLE, tmp_path / "t.parquet", "table", {})

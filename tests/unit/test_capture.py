@@ -77,6 +77,21 @@ def test_parts_add_up_on_all_layers(build, tokens, name):
     assert max(errors.values()) < 2e-6
 
 
+def test_the_largest_error_of_any_layer_is_reported(build, tokens):
+    model = build("olmoe")
+    parts, ids = models.anatomy(model), first_batch(tokens)
+    with torch.inference_mode():
+        found, logits = capture.record(model, parts, ids)
+        found["0.attention_out"] = found["0.attention_out"] * (1 + 5e-6)
+        errors = capture.verify(model, parts, ids, found, logits)
+        assert errors["sum of heads = attention output"] == pytest.approx(5e-6, rel=0.25)
+        found["0.attention_out"] = found["0.attention_out"] * (1 + 5e-5)
+        with pytest.raises(
+            models.AnatomyError, match=r"layer 0: sum of heads .* relative error 5\.\de-05, allowed 1e-05"
+        ):
+            capture.verify(model, parts, ids, found, logits)
+
+
 @every_moe
 def test_expert_outputs_equal_the_experts_run_one_by_one(build, tokens, name):
     """Independent of the recorded activations: the experts module itself, given one expert with weight 1."""

@@ -118,7 +118,7 @@ def test_blocking_by_hand():
     assert found["mrr_random_low"] == pytest.approx(np.quantile([mrr[0], mrr[1]], 0.05))
     assert found["hit_at_10_clean"] == 0.75
     assert found["hit_at_10_blocked"] == 0.75
-    assert found["draws_as_low"] == 0.5
+    assert found["mrr_draws_as_low"] == 0.5
     assert (found["n_blocked"], found["draws"], found["prompts"]) == (5, 2, 4)
     assert row(table, scope="relation", name="hq")["mrr_blocked"] == pytest.approx((1 / 20 + 1 / 10) / 2)
     assert set(table["name"]) == {"all", "geography", "entity", "capital", "hq"}

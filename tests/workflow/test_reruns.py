@@ -91,6 +91,14 @@ def test_a_setting_reruns_what_it_reaches(copy_of_finished, section, change, rul
     assert set(small.planned(copy_of_finished)) == rules
 
 
+def test_jobs_on_a_gpu_ask_for_one(tmp_path):
+    models = {name: model | {"device": "cuda"} for name, model in small.SMALL["models"].items()}
+    folder = small.make(tmp_path / "run", small.SMALL | {"models": models})
+    jobs = small.snakemake(folder, "--dry-run").split("\nrule ")
+    asking = {job.split(":")[0] for job in jobs if "gpu=1" in job}
+    assert asking == {"capture", "block_experts", "keep_only"}
+
+
 @pytest.mark.parametrize(
     ("target", "rules"),
     [

@@ -37,7 +37,7 @@ rule block_experts:
     resources:
         gpu=gpus,
         mem_mb=memory(2),
-        runtime=120,
+        runtime=60,
     params:
         code=code("block_experts.py"),
         settings=settings("seed", "batch_size", "blocking", of_model=["device"]),
