@@ -87,7 +87,7 @@ def test_the_largest_error_of_any_layer_is_reported(build, tokens):
         assert errors["sum of heads = attention output"] == pytest.approx(5e-6, rel=0.25)
         found["0.attention_out"] = found["0.attention_out"] * (1 + 5e-5)
         with pytest.raises(
-            models.AnatomyError, match=r"layer 0: sum of heads .* relative error 5\.\de-05, allowed 1e-05"
+            models.AnatomyError, match=r"layer 0: sum of heads .* relative error 5\.\d\de-05, allowed 1e-05"
         ):
             capture.verify(model, parts, ids, found, logits)
 
