@@ -1,5 +1,7 @@
 """The activation cache of the six architectures, against unhooked forward passes and brute force."""
 
+import copy
+
 import pandas as pd
 import pytest
 import torch
@@ -116,6 +118,21 @@ def test_expert_outputs_equal_the_experts_run_one_by_one(build, tokens, name):
 
 
 @every_moe
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+def test_every_experts_backend_is_recorded_bit_for_bit_and_they_agree(build, tokens, name, backend):
+    model = copy.deepcopy(build(name))
+    model.set_experts_implementation(backend)
+    parts, ids = models.anatomy(model), first_batch(tokens)
+    with torch.inference_mode():
+        plain = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        found, logits = capture.record(model, parts, ids)
+        reference, _ = capture.record(build(name), models.anatomy(build(name)), ids)
+    assert torch.equal(logits, plain)
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, reference[key], rtol=1e-4, atol=1e-5)
+
+
+@every_moe
 def test_routing_is_what_the_router_chose_at_every_position(build, tokens, name):
     model = build(name)
     parts = models.anatomy(model)
@@ -175,8 +192,6 @@ def test_norm_scale_is_that_of_the_final_state(build, tokens):
 
 
 def test_bf16_stays_bf16(build, tokens):
-    import copy
-
     model = copy.deepcopy(build("mixtral")).bfloat16()
     tensors, table, errors = capture.capture(model, models.anatomy(model), tokens, 64)
     assert tensors["1.expert_acts"].dtype == tensors["resid_final"].dtype == torch.bfloat16
@@ -197,8 +212,6 @@ class Doubled(nn.Module):
 
 
 def test_a_model_whose_parts_do_not_add_up_is_refused(build, tokens):
-    import copy
-
     model = copy.deepcopy(build("llama"))
     model.model.layers[1].mlp = Doubled(model.model.layers[1].mlp)
     with pytest.raises(models.AnatomyError, match=r"layer 1: sum of experts \(or neurons\) = FFN output does not hold"):
@@ -206,8 +219,6 @@ def test_a_model_whose_parts_do_not_add_up_is_refused(build, tokens):
 
 
 def test_a_structure_that_is_not_understood_is_refused(build):
-    import copy
-
     model = copy.deepcopy(build("llama"))
     model.model.layers[2].extra_norm = copy.deepcopy(model.model.norm)
     with pytest.raises(models.AnatomyError, match="layer 2: 2 blocks and 3 norms found"):
