@@ -156,8 +156,7 @@ def verify(
         )
         check("FFN output = residual increment", name, here["resid_mid"] + here["ffn_out"], here["resid_post"])
         check("a layer's output = the next one's input", name, here["resid_post"], after)
-    weight = next(parts.final_norm.parameters())
-    scaled = found["resid_final"] * found["norm_scale"].to(weight.dtype).unsqueeze(-1) * weight
+    scaled = found["resid_final"] * found["norm_scale"].to(parts.gain.dtype).unsqueeze(-1) * parts.gain
     check("unembedding of the scaled final state = logits", "readout", parts.unembedding(scaled), logits)
     return errors
 

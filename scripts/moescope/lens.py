@@ -25,11 +25,9 @@ class Readout:
 
     @staticmethod
     def of(parts: Anatomy) -> Readout:
-        gain = next(parts.final_norm.parameters()).detach().float()
         bias = parts.unembedding.bias
-        return Readout(
-            parts.unembedding.weight.detach().float() * gain, None if bias is None else bias.detach().float()
-        )
+        weight = parts.unembedding.weight.detach().float() * parts.gain.float()
+        return Readout(weight, None if bias is None else bias.detach().float())
 
     def log_probs(self, states: Float[Tensor, "n d_model"], scale: Float[Tensor, " n"]) -> Float[Tensor, "n vocab"]:
         """Log-probabilities of the whole vocabulary, p(. | x) of method.md, section 2."""

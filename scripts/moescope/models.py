@@ -69,10 +69,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The layers of a model, its final norm and its unembedding."""
+    """The layers of a model, its final norm (gain [d_model] and epsilon) and its unembedding."""
 
     layers: tuple[Layer, ...]
     final_norm: nn.Module
+    gain: Float[Tensor, " d_model"]
     eps: float
     unembedding: nn.Linear
 
@@ -131,7 +132,11 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     if eps is None:
         raise AnatomyError(f"{type(model).__name__}: the final norm {type(norms[0]).__name__} has no epsilon")
     layers = tuple(_layer(index, block, hidden) for index, block in enumerate(stacks[0]))
-    return Anatomy(layers, norms[0], float(eps), unembedding)
+    # Asked of the norm itself: its parameter is the gain in most models, the gain minus 1 in some.
+    with torch.no_grad():
+        ones = torch.ones(hidden, dtype=model.dtype, device=unembedding.weight.device)
+        gain = norms[0](ones) * (1 + float(eps)) ** 0.5
+    return Anatomy(layers, norms[0], gain, float(eps), unembedding)
 
 
 def experts_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
