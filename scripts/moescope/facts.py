@@ -211,6 +211,11 @@ def _read_templates(path: Path, fields: dict, errors: list[str]) -> tuple[str, .
     for template, line in templates:
         if template.count(SLOT) != 1:
             errors.append(f"{path}:{line}: template '{template}' needs the slot {SLOT} exactly once")
+        elif set("{}[]") & set(template.replace(SLOT, "")):
+            errors.append(
+                f"{path}:{line}: template '{template}' has a second placeholder; the object follows by itself,"
+                " so end it with the word before the object"
+            )
         elif template != template.strip() or template[-1] in ".?!,;:":
             errors.append(
                 f"{path}:{line}: template '{template}' has text after the place of the object;"

@@ -45,6 +45,8 @@ def test_a_good_file_is_read_as_it_is_written(tmp_path):
             "a.yaml:2: template 'The capital is' needs the slot {} exactly once",
         ),
         (("The capital of {} is", "{} of {} is"), "a.yaml:2: template '{} of {} is' needs the slot {} exactly once"),
+        (("capital is", "capital is {object}"), "a.yaml:2: template 'In {}, the capital is {object}' has a second"),
+        (("capital is", "capital is [Y]"), "a.yaml:2: template 'In {}, the capital is [Y]' has a second placeholder"),
         (("capital is", "capital is ."), "text after the place of the object"),
         (("capital is", "capital is "), "text after the place of the object"),
         (('"The capital of {} is", ', ""), "a.yaml:2: templates: 2 given; at least 3"),
