@@ -63,7 +63,7 @@ def test_a_target_of_a_misspelt_model_is_refused(tmp_path):
 def test_a_killed_run_is_finished_by_the_same_command(tmp_path, finished, stage):
     """SIGKILL of the whole process group in the middle of a stage; the lock is stale and the outputs half-made."""
     folder = small.make(tmp_path / "run")
-    command = [sys.executable, "-m", "snakemake", "--cores", "2"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "tables"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
         wait_for(lambda: list((folder / "results/logs").glob(f"{stage}/**/*.log")), process)
@@ -71,7 +71,7 @@ def test_a_killed_run_is_finished_by_the_same_command(tmp_path, finished, stage)
         process.wait()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "results/models").rglob("*") if path.is_file()}
     small.snakemake(folder, "--unlock")
-    small.snakemake(folder)
+    small.snakemake(folder, "tables")
     small.assert_same_tables(folder, finished)
     if stage != "train_toy":
         assert kept
@@ -108,7 +108,7 @@ def test_a_truncated_file_is_named(copy_of_finished, file, rule, target):
 
 def test_shards_and_batches_change_no_table(tmp_path, finished):
     folder = small.make(tmp_path / "run", small.SMALL | {"shards": 3})
-    small.snakemake(folder)
+    small.snakemake(folder, "tables")
     shards = sorted(path.name for path in (folder / "results/facts/small-moe/activations").glob("*.safetensors"))
     assert shards == ["0.safetensors", "1.safetensors", "2.safetensors"]
     one, other = small.tables(folder), small.tables(finished)
