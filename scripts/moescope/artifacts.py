@@ -165,7 +165,7 @@ def tensor_index(paths: Sequence[str | Path], kind: str) -> dict[str, Any]:
     shards, made_by = {}, {}
     for path in paths:
         with open_tensors(path, kind) as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
             shards[Path(path).name] = {name: [s.get_shape(), s.get_dtype()] for name, s in slices.items()}
             made_by = json.loads(tensors.metadata()[KEY])["provenance"]
     return {"kind": kind, "schema": SCHEMAS[kind], "provenance": made_by, "shards": shards}

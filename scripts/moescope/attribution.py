@@ -40,11 +40,7 @@ def attribute(
             scale, final = cache.get_tensor("norm_scale"), cache.get_tensor("resid_final")
             for layer in parts.layers:
                 at = f"{layer.index}."
-                found = {
-                    name.removeprefix(at): cache.get_tensor(name)
-                    for name in cache.keys()  # noqa: SIM118
-                    if name.startswith(at)
-                }
+                found = {name.removeprefix(at): cache.get_tensor(name) for name in cache.keys() if name.startswith(at)}
                 after = final if layer is parts.layers[-1] else cache.get_tensor(f"{layer.index + 1}.resid_pre")
                 score = partial(lpi, readout, scale=scale, target=target)
                 rows = [_layer_rows(readout, found, after, scale, target), *_unit_rows(layer, found, score)]

@@ -16,8 +16,6 @@ from matplotlib.ticker import MaxNLocator
 
 from moescope.artifacts import replacing
 
-matplotlib.use("svg")
-
 # Okabe and Ito's palette; every series also has a marker or a line style of its own.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 DIVERGING = "PuOr_r"

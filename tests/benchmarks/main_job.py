@@ -1,10 +1,9 @@
 """Ratios of the main job's costs, measured side by side in one run on one thread.
 
-python tests/benchmarks/main_job.py > tests/benchmarks/main_job.md
+PYTHONPATH=scripts python tests/benchmarks/main_job.py > tests/benchmarks/main_job.md
 """
 
 import platform
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -13,11 +12,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from moescope import ablations, capture, facts, models, toy
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from moescope import ablations, capture, facts, models, toy  # noqa: E402
-
 SHAPES = {
     "toy (64 dimensions, 4 layers, 32 experts top-4)": toy.Shape(
         "olmoe", layers=4, experts=32, experts_per_token=4, expert_width=32
@@ -78,7 +75,8 @@ def main():
     prompts = facts.prompt_table(facts.load_relations(paths, ["geography", "object_attributes", "entity"]))
     tokenizer = toy.train_tokenizer(prompts)
     tokens, _ = facts.tokenise(tokenizer, prompts[prompts["held_out"]])
-    print("# The main job's costs as ratios\n\nWritten by `python tests/benchmarks/main_job.py`; one thread, float32,")
+    print("# The main job's costs as ratios\n")
+    print("Written by `PYTHONPATH=scripts python tests/benchmarks/main_job.py`; one thread, float32,")
     print(f"random weights, torch {torch.__version__.split('+')[0]}, {platform.machine()} CPU.\n")
     print("| model | recording / plain forward pass | blocking one by one / batched | largest difference (nats) |")
     print("| --- | --- | --- | --- |")

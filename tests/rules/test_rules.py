@@ -64,11 +64,11 @@ def test_capture(run_rule, finished):
     assert table["held_out"].all()
     with safe_open(tensors, "np") as cache, safe_open(finished / RESULTS / "activations/0.safetensors", "np") as before:
         assert cache.keys() == before.keys()
-        for name in cache.keys():  # noqa: SIM118
+        for name in cache.keys():
             assert np.array_equal(cache.get_tensor(name), before.get_tensor(name)), name
             assert len(cache.get_tensor(name)) == len(table)
         assert cache.get_tensor("prompt_id").tolist() == table["prompt_id"].tolist()
-        per_layer = {name.split(".", 1)[1] for name in cache.keys() if name.startswith("0.")}  # noqa: SIM118
+        per_layer = {name.split(".", 1)[1] for name in cache.keys() if name.startswith("0.")}
     assert per_layer == {
         "resid_pre",
         "resid_mid",
