@@ -1,19 +1,17 @@
 """Snakemake script: block each relation's best experts and matched random ones."""
 
-from pathlib import Path
-
 import torch
 
-from moescope import ablations, artifacts, logs, models
+from moescope import ablations, anatomy, artifacts, checkpoints, logs
 
 logs.to_file_and_terminal(snakemake.log[0])
 torch.set_num_threads(snakemake.threads)
 settings = snakemake.params.settings
 
-model, _ = models.load(Path(snakemake.input.model[0]).parent, settings["device"])
+model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
 experts = artifacts.read_table(snakemake.input.experts, "experts")
-parts = models.anatomy(model)
+parts = anatomy.find(model)
 load = ablations.expert_load(parts, snakemake.input.activations, prompts)
 half = ablations.split_subjects(prompts, settings["seed"])
 sets, ranking = ablations.choose_sets(

@@ -1,19 +1,17 @@
 """Snakemake script: keep only the shared or the strongest routed experts."""
 
-from pathlib import Path
-
 import torch
 
-from moescope import ablations, artifacts, logs, models
+from moescope import ablations, anatomy, artifacts, checkpoints, logs
 
 logs.to_file_and_terminal(snakemake.log[0])
 torch.set_num_threads(snakemake.threads)
 settings = snakemake.params.settings
 
-model, _ = models.load(Path(snakemake.input.model[0]).parent, settings["device"])
+model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
 table = ablations.measure_keep_only(
-    model, models.anatomy(model), prompts, settings["keep_only"]["top"], settings["batch_size"]
+    model, anatomy.find(model), prompts, settings["keep_only"]["top"], settings["batch_size"]
 )
 
 inherited = artifacts.table_provenance(snakemake.input.prompts)

@@ -7,5 +7,6 @@ settings = snakemake.params.settings
 
 tables = {name: artifacts.read_table(path, "table") for name, path in snakemake.input.items()}
 tables = {name: table[table["dataset"] == settings["dataset"]] for name, table in tables.items()}
-note = plots.note(tables[settings["figure"]], **settings["statistics"], seed=settings["seed"], toy=settings["toy"])
+models = {"models": settings["models"], "toys": settings["toys"]}
+note = plots.note(tables[settings["figure"]], **settings["statistics"], seed=settings["seed"], **models)
 plots.draw(settings["figure"], tables, settings["models"], note, snakemake.output.figure)

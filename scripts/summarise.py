@@ -16,6 +16,6 @@ made_by = artifacts.provenance(settings, code, sources=[artifacts.names(source) 
 
 folder = Path(snakemake.output[0]).parent
 bootstrap = tables.Bootstrap(**settings["statistics"], seed=settings["seed"])
-for name, table in tables.tables(settings["tables"], runs, settings["partners"], bootstrap):
+for name, table in tables.tables(settings["tables"], runs, settings["partners"], bootstrap, settings["published"]):
     artifacts.write_table(table, folder / f"{name}.parquet", "table", made_by)
     artifacts.write_csv(table, folder / f"{name}.csv")

@@ -45,6 +45,15 @@ DENSE_SHAPES = {name: {"layers": 3, "ffn_width": 32} for name in ("qwen2", "llam
 SHAPES = MOE_SHAPES | DENSE_SHAPES
 
 
+def write_tensors(tensors, path, kind="activations", made_by=None):
+    """A file of tensors in one piece."""
+    from moescope import artifacts
+
+    with artifacts.writing_tensors(path, kind, len(next(iter(tensors.values())))) as file:
+        file.put(0, tensors)
+        file.made_by = made_by or {}
+
+
 @pytest.fixture
 def fact_folder(tmp_path):
     folder = tmp_path / "facts"

@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "datasets": {
-        "facts": {"folder": "config/facts", "relations": ["animal_young", "country_capital", "product_by_company"]}
+        "facts": {"path": "config/facts", "relations": ["animal_young", "country_capital", "product_by_company"]}
     },
     "models": {
         "small-moe": {
@@ -75,6 +75,6 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 def assert_same_tables(one: Path, other: Path) -> None:
     first, second = tables(one), tables(other)
     assert first.keys() == second.keys()
-    assert len(first) == 7
+    assert len(first) == 8
     for name, table in first.items():
         pd.testing.assert_frame_equal(table, second[name], check_exact=True, obj=name)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moescope.artifacts import open_tensors
 from moescope.capture import batches, readout_logits, token_tensor
+from moescope.facts import steps
 from moescope.intervene import block_experts, intervene, keep_top
 from moescope.models import Anatomy
 from moescope.stats import ranks
@@ -46,16 +47,25 @@ def split_subjects(prompts: pd.DataFrame, seed: int) -> Int[np.ndarray, " n"]:
 def expert_load(
     parts: Anatomy, activations: Sequence[Path], prompts: pd.DataFrame
 ) -> Int[np.ndarray, "n layers experts"]:
-    """Positions of each prompt that chose each routed expert, rows as in `prompts`; 0 for dense layers."""
+    """Positions of each prompt that chose each routed expert, rows as in `prompts`; -1 where there is no such expert.
+
+    Of a prompt with several answer tokens the longest row counts, which has the positions of all others.
+    """
     width = max(layer.n_experts for layer in parts.layers)
     row_of = pd.Series(np.arange(len(prompts)), index=prompts["prompt_id"])
-    load = np.zeros((len(prompts), len(parts.layers), width), dtype=np.int16)
+    last = prompts["target_ids"].str.len().to_numpy() - 1
+    load = np.full((len(prompts), len(parts.layers), width), -1, dtype=np.int16)
     for path in activations:
         with open_tensors(path, "activations") as cache:
-            rows = row_of.loc[cache.get_tensor("prompt_id").numpy()].to_numpy()
+            prompt = row_of.reindex(cache.get_tensor("prompt_id").numpy()).to_numpy()
+            kept = np.flatnonzero(~np.isnan(prompt))
+            rows = prompt[kept].astype(int)
+            kept = kept[cache.get_tensor("step").numpy()[kept] == last[rows]]
+            rows = prompt[kept].astype(int)
             for layer in parts.layers:
                 if layer.n_experts:
-                    load[rows, layer.index, : layer.n_experts] = cache.get_tensor(f"{layer.index}.expert_load").numpy()
+                    counted = cache.get_tensor(f"{layer.index}.expert_load")[kept].numpy()
+                    load[rows, layer.index, : layer.n_experts] = counted
     return load
 
 
@@ -73,10 +83,12 @@ def choose_sets(
     Routed experts are ranked by mean LPI over the relation's prompts (an expert that a prompt does not
     use adds 0). Each draw of a control has as many experts, matched one by one in layer and activation
     frequency (share of positions) on the same prompts; where a layer has none left, the nearest layer
-    gives one. `load` is expert_load, its rows those of `prompts`. Also returns the ranking: relation,
+    gives one; a set is smaller than its size where there are fewer experts. `load` is expert_load, its rows those of
+    `prompts`. Also returns the ranking: relation,
     half (measured), order, layer, expert, mean_lpi (nats), frequency.
     """
     rng = np.random.default_rng(seed)
+    exists = (load >= 0).all(0)
     routed = experts[experts["expert"] >= 0].set_index("prompt_id")[["layer", "expert", "lpi"]]
     sets, rankings = [], []
     for relation, rows in prompts.groupby("relation", sort=True):
@@ -86,9 +98,10 @@ def choose_sets(
             used = routed[routed.index.isin(chosen_on["prompt_id"])]
             np.add.at(mean_lpi, (used["layer"], used["expert"]), used["lpi"])
             mean_lpi /= max(len(chosen_on), 1)
-            positions = chosen_on["length"].sum()
-            frequency = load[chosen_on.index].sum(0) / max(positions, 1)
-            best = np.argsort(-mean_lpi, axis=None, kind="stable")[: max(sizes)]
+            positions = (chosen_on["length"] + chosen_on["target_ids"].str.len() - 1).sum()
+            frequency = np.where(exists, load[chosen_on.index].sum(0) / max(positions, 1), np.nan)
+            mean_lpi[~exists] = -np.inf
+            best = np.argsort(-mean_lpi, axis=None, kind="stable")[: min(max(sizes), exists.sum())]
             ranking = [(int(i // load.shape[2]), int(i % load.shape[2])) for i in best]
             key = (str(relation), measured)
             for n in sizes:
@@ -107,8 +120,11 @@ def choose_sets(
 def matched_draw(
     chosen: Sequence[tuple[int, int]], frequency: np.ndarray, rng: np.random.Generator
 ) -> tuple[tuple[int, int], ...]:
-    """As many other experts as `chosen`, each near one of them in layer first, then in activation frequency."""
-    free = np.ones(frequency.shape, dtype=bool)
+    """As many other experts as `chosen`, each near one of them in layer first, then in activation frequency.
+
+    A frequency of NaN is a place without an expert.
+    """
+    free = ~np.isnan(frequency)
     free[tuple(np.array(chosen).T)] = False
     drawn = []
     for layer, expert in rng.permutation(np.array(chosen)):
@@ -148,10 +164,12 @@ def measure_blocking(
         rows_of.setdefault((chosen.relation, chosen.half), []).append(number)
         for layer, expert in chosen.experts:
             marks[layer][number, expert] = True
-    numbers = [rows_of[key] for key in zip(prompts["relation"], half, strict=True)]
-    row = np.repeat(np.arange(len(prompts)), [len(n) for n in numbers])
+    of_prompt = dict(zip(prompts["prompt_id"], zip(prompts["relation"], half, strict=True), strict=True))
+    answers = steps(prompts)
+    numbers = [rows_of[of_prompt[prompt_id]] for prompt_id in answers["prompt_id"]]
+    row = np.repeat(np.arange(len(answers)), [len(n) for n in numbers])
     set_number = np.concatenate(numbers)
-    pairs = prompts.iloc[row].reset_index(drop=True)
+    pairs = answers.iloc[row].reset_index(drop=True)
 
     def edit(rows: np.ndarray) -> dict[int, Bool[torch.Tensor, "rows experts"]]:
         index = torch.as_tensor(set_number[rows], device=model.device)
@@ -163,7 +181,7 @@ def measure_blocking(
             rank[rows], log_prob[rows] = score(model, pairs, rows)
     of_set = {name: np.array([getattr(s, name) for s in sets], "int16") for name in ("n_blocked", "draw")}
     columns = {name: values[set_number] for name, values in of_set.items()}
-    return pd.DataFrame({"prompt_id": pairs["prompt_id"], **columns, "rank": rank, "log_prob": log_prob})
+    return _per_prompt(pd.DataFrame({"prompt_id": pairs["prompt_id"], **columns, "rank": rank, "log_prob": log_prob}))
 
 
 @torch.no_grad()
@@ -178,15 +196,15 @@ def measure_keep_only(
     experts have no `shared` rows.
     """
     has_shared = any(layer.shared for layer in parts.layers)
-    frames = []
+    answers, frames = steps(prompts), []
     for shared in (False, True) if has_shared else (False,):
         for n in (0, *top, -1):
-            rank, log_prob = np.empty(len(prompts), "int32"), np.empty(len(prompts), "float32")
+            rank, log_prob = np.empty(len(answers), "int32"), np.empty(len(answers), "float32")
             with intervene(parts, gate_weights=keep_top(n) if n >= 0 else None, shared_experts=shared):
-                for rows in batches(prompts["length"].to_numpy(), batch_size):
-                    rank[rows], log_prob[rows] = score(model, prompts, rows)
+                for rows in batches(answers["length"].to_numpy(), batch_size):
+                    rank[rows], log_prob[rows] = score(model, answers, rows)
             columns = {"shared": shared, "routed": np.int16(n), "rank": rank, "log_prob": log_prob}
-            frames.append(pd.DataFrame({"prompt_id": prompts["prompt_id"], **columns}))
+            frames.append(_per_prompt(pd.DataFrame({"prompt_id": answers["prompt_id"], **columns})))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -198,3 +216,11 @@ def score(
     target = torch.as_tensor(prompts["target_id"].to_numpy()[rows], dtype=torch.long, device=model.device)
     log_prob = logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return ranks(logits, target).cpu().numpy(), log_prob.cpu().numpy()
+
+
+def _per_prompt(rows: pd.DataFrame) -> pd.DataFrame:
+    """Scores of answer tokens joined to their prompts: log-probabilities summed, the worst rank."""
+    keys = [column for column in rows if column not in ("rank", "log_prob")]
+    if not rows.duplicated(keys).any():
+        return rows
+    return rows.groupby(keys, as_index=False, sort=False).agg({"rank": "max", "log_prob": "sum"})

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pandas as pd
 import pyarrow as pa
@@ -26,15 +26,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "moescope"
-NAMES = ("dataset_digest", "model_commit", "dtype", "experts_backend", "device")
+NAMES = ("dataset_digest", "model_commit", "dtype", "attention_backend", "experts_backend", "device")
+MAX_HEADER = 2**17
+SAFETENSORS = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+}
 SCHEMAS = {
-    "dataset": 1,
-    "prompts": 1,
-    "dropped": 1,
-    "activations": 1,
+    "dataset": 2,
+    "prompts": 2,
+    "dropped": 2,
+    "activations": 2,
     "layers": 1,
     "heads": 1,
     "experts": 1,
+    "margins": 1,
+    "unknown": 1,
     "blocking": 1,
     "blocked_experts": 1,
     "keep_only": 1,
@@ -130,18 +142,77 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
         table.to_csv(beside, index=False, float_format="%.6g")
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file of the workflow. Raises ArtifactError for a damaged one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: not a readable JSON file ({one_line(error)}); delete it and run again") from error
+
+
 def write_text(text: str, path: str | Path) -> None:
     """Write a text file whole or not at all."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | Path, kind: str, made_by: Mapping[str, Any]) -> None:
-    """Write named tensors as safetensors with their provenance in the file's header."""
-    from safetensors.torch import save_file
+class TensorFile:
+    """A safetensors file that is written batch by batch, so that memory does not grow with the number of rows.
 
-    with replacing(path) as beside:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, {KEY: _header(kind, made_by)})
+    Every tensor has `rows` rows. `made_by` is its provenance, which may be known only at the end.
+    """
+
+    def __init__(self, stream: BinaryIO, kind: str, rows: int) -> None:
+        self.made_by: Mapping[str, Any] = {}
+        self._stream, self._kind, self._rows = stream, kind, rows
+        self._layout: dict[str, dict[str, Any]] = {}
+        self._start, self._done = 0, 0
+
+    def put(self, row: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the rows of a batch, the first of which is `row`; the first batch fixes names, shapes and dtypes."""
+        if not self._layout:
+            self._lay_out(tensors)
+        for name, tensor in tensors.items():
+            place = self._layout[name]
+            row_bytes = tensor[0].numel() * tensor.element_size()
+            self._stream.seek(self._start + place["data_offsets"][0] + row * row_bytes)
+            self._stream.write(_bytes(tensor))
+        self._done += len(next(iter(tensors.values())))
+
+    def _lay_out(self, tensors: Mapping[str, Tensor]) -> None:
+        offset = 0
+        # Widest types first, as the format's own writer does: every tensor is then aligned.
+        for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+            size = tensor[0].numel() * tensor.element_size() * self._rows
+            shape = [self._rows, *tensor.shape[1:]]
+            place = {"dtype": SAFETENSORS[str(tensor.dtype)], "shape": shape, "data_offsets": [offset, offset + size]}
+            self._layout[name] = place
+            offset += size
+        self._start = 8 + (len(json.dumps(self._layout)) + MAX_HEADER) // 8 * 8
+
+    def close(self) -> None:
+        """Write the header. Raises ArtifactError if rows are missing."""
+        if self._done != self._rows:
+            raise ArtifactError(f"{self._done} of {self._rows} rows were written; run again")
+        metadata = {"__metadata__": {KEY: _header(self._kind, self.made_by)}}
+        header = json.dumps(metadata | self._layout).encode().ljust(self._start - 8)
+        self._stream.seek(0)
+        self._stream.write(len(header).to_bytes(8, "little") + header)
+
+
+@contextmanager
+def writing_tensors(path: str | Path, kind: str, rows: int) -> Iterator[TensorFile]:
+    """A safetensors file of tensors with `rows` rows, to be put in batch by batch; whole at the end or not there."""
+    with replacing(path) as beside, beside.open("wb") as stream:
+        file = TensorFile(stream, kind, rows)
+        yield file
+        file.close()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 @contextmanager

@@ -9,9 +9,9 @@ captured forward pass gives the same bits as a plain one.
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,15 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from moescope.facts import steps
 from moescope.models import (
     Anatomy,
     AnatomyError,
     Layer,
+    Path,
     attention_output,
     expert_activations,
     experts_arguments,
@@ -33,49 +36,100 @@ from moescope.models import (
 from moescope.stats import ranks
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CHECK_ONLY = ("attention_out", "ffn_out", "resid_post")
+CHECK_ONLY = ("resid_post",)
+
+Store = Callable[[int, Mapping[str, Tensor]], None]
+"""(row of the first prompt, tensors of a batch): where a batch's parts go."""
 
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, parts: Anatomy, tokens: pd.DataFrame, batch_size: int
-) -> tuple[dict[str, Tensor], pd.DataFrame, dict[str, float]]:
-    """Run all prompts and record their parts at the readout position.
+    model: PreTrainedModel,
+    parts: Anatomy,
+    tokens: pd.DataFrame,
+    batch_size: int,
+    store: Store,
+    answer: str = "first_token",
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Run all prompts, record their parts at the readout position, and hand them to `store` batch by batch.
 
     `tokens` comes from facts.tokenise. Prompts of equal length share a batch, so there is no padding and
-    no mask. The first batch is verified (see `verify`). Returns
+    no mask. The first batch is verified (see `verify`). `answer` says what the target is:
 
-    - tensors on the CPU, first dimension = prompts in the order of the returned table, model dtype unless
-      said otherwise, per layer l: `l.resid_pre` [n d_model], before attention; `l.resid_mid` [n d_model],
-      before the FFN; `l.head_in` [n heads head_dim], input of the output projection; for an MoE FFN
-      `l.router_logits` [n experts], `l.expert_ids` int16 [n k] and `l.expert_weights` [n k] as used,
-      `l.expert_acts` [n k d_expert], `l.expert_load` int16 [n experts] (positions of the prompt that chose
-      each expert), `l.shared.i.acts` [n d_shared], `l.shared.i.gate` [n]; for a dense FFN `l.acts`
-      [n d_ffn]; and `resid_final` [n d_model], `norm_scale` float32 [n], `prompt_id` int32 [n];
-    - `tokens` with target_id (the accepted first token that the model likes best), log_prob (float32,
-      nats) and rank (int32) in the clean run;
-    - the largest relative error of each verified equation.
+    - `first_token`: the accepted first token that the model likes best;
+    - `all_tokens`: all tokens of the first accepted object, each read with the earlier ones in the prompt
+      (teacher-forced); log-probabilities are summed, the rank is the worst of theirs;
+    - `argmax`: the model's own most likely token.
+
+    Stored are tensors on the CPU with one row for each prompt (and, with all_tokens, answer token), model dtype
+    unless said otherwise; per layer l:
+
+    - `l.resid_pre` [n d_model], before attention; `l.resid_mid` [n d_model], before the FFN;
+    - `l.head_in` [n heads head_dim], input of the output projection; or `l.attention_out` [n d_model] where the
+      attention block is one component;
+    - MoE: `l.router_logits` [n experts], `l.expert_ids` int16 [n k] and `l.expert_weights` [n k] as used,
+      `l.expert_acts` [n k d_expert], `l.expert_load` int16 [n experts] (positions of the prompt that chose each
+      expert), `l.router_margin` float32 [n 2] (see `margins`; at the readout position, and the smallest of all),
+      `l.shared.i.acts` [n d_shared], `l.shared.i.gate` [n];
+    - dense FFN: `l.acts` [n d_ffn]; an FFN that is one component: `l.whole.i.out` [n d_model];
+    - `l.attention_scale`, `l.experts_scale`, `l.dense_scale`, `l.shared.i.scale`, `l.whole.i.scale` float32 [n]:
+      the product of the scales of the post-norms that this part passes, where there are any;
+
+    and `resid_final` [n d_model], `norm_scale` float32 [n], `prompt_id` int32 [n], `step` int16 [n].
+
+    Returns `tokens` with target_id (int32, the first answer token), target_ids (list of all), log_prob (float32,
+    nats) and rank (int32) in the clean run; and the largest relative error of each verified equation.
     """
-    tokens = tokens.sort_values(["length", "prompt_id"], kind="stable").reset_index(drop=True)
-    chunks: dict[str, list[Tensor]] = defaultdict(list)
-    scores: list[tuple[Tensor, Tensor, Tensor]] = []
+    answers = rows(tokens, answer)
     errors: dict[str, float] = {}
-    for rows in batches(tokens["length"].to_numpy(), batch_size):
-        ids = token_tensor(tokens, rows, model.device)
+    scores: list[tuple[Tensor, ...]] = []
+    done = 0
+    for batch in batches(answers["length"].to_numpy(), batch_size):
+        ids = token_tensor(answers, batch, model.device)
         found, logits = record(model, parts, ids)
         if not errors:
             errors = verify(model, parts, ids, found, logits)
-            logging.info("verified on %d prompts: %s", len(rows), errors)
-        for name, tensor in found.items():
-            if not name.endswith(CHECK_ONLY):
-                chunks[name].append(tensor.cpu())
-        scores.append(_clean_scores(logits, [list(tokens["accepted_ids"][row]) for row in rows]))
+            logging.info("verified on %d prompts: %s", len(batch), errors)
+        kept = {name: tensor.cpu() for name, tensor in found.items() if not name.endswith(CHECK_ONLY)}
+        for name in ("prompt_id", "step"):
+            kept[name] = torch.tensor(answers[name].to_numpy()[batch])
+        store(done, kept)
+        done += len(batch)
+        scores.append(_clean_scores(logits, [answers["accepted_ids"][row] for row in batch]))
     target, log_prob, rank = (torch.cat(column).cpu().numpy() for column in zip(*scores, strict=True))
-    table = tokens.assign(
-        target_id=target.astype("int32"), log_prob=log_prob.astype("float32"), rank=rank.astype("int32")
-    )
-    tensors = {name: torch.cat(pieces) for name, pieces in chunks.items()}
-    return tensors | {"prompt_id": torch.tensor(table["prompt_id"].to_numpy())}, table, errors
+    scored = answers[["prompt_id", "step"]].assign(target=target.astype("int32"), log_prob=log_prob, rank=rank)
+    return _per_prompt(tokens, scored), errors
+
+
+def in_memory(
+    model: PreTrainedModel, parts: Anatomy, tokens: pd.DataFrame, batch_size: int, answer: str = "first_token"
+) -> tuple[dict[str, Tensor], pd.DataFrame, dict[str, float]]:
+    """`capture` for small runs, as in a notebook: its tensors, sorted by prompt and answer token, and its results."""
+    pieces: dict[str, list[Tensor]] = {}
+
+    def store(row: int, tensors: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            pieces.setdefault(name, []).append(tensor)
+
+    table, errors = capture(model, parts, tokens, batch_size, store, answer)
+    tensors = {name: torch.cat(parts) for name, parts in pieces.items()}
+    order = torch.from_numpy(np.lexsort([tensors["step"].numpy(), tensors["prompt_id"].numpy()]))
+    return {name: tensor[order] for name, tensor in tensors.items()}, table, errors
+
+
+def rows(tokens: pd.DataFrame, answer: str) -> pd.DataFrame:
+    """What runs forward, and in which order: one row for each prompt (or answer token), with the targets it accepts.
+
+    Columns: prompt_id, step, token_ids, length, accepted_ids (empty: whatever the model likes best). `answer` as in
+    `capture`.
+    """
+    if answer == "all_tokens":
+        found = steps(tokens.assign(target_ids=tokens["answer_ids"].str[0]))
+        found = found.assign(accepted_ids=[[target] for target in found["target_id"]])
+    else:
+        accepted = [[]] * len(tokens) if answer == "argmax" else tokens["accepted_ids"]
+        found = tokens[["prompt_id", "token_ids", "length"]].assign(step=np.int16(0), accepted_ids=accepted)
+    return found.sort_values(["length", "prompt_id", "step"], kind="stable").reset_index(drop=True)
 
 
 def batches(lengths: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Int[np.ndarray, " b"]]:
@@ -97,23 +151,29 @@ def record(
     """One forward pass: the parts named in `capture`, those in CHECK_ONLY, and the readout logits."""
     found: dict[str, Tensor] = {}
     with ExitStack() as hooks:
+        choices = hooks.enter_context(_Choices())
         for layer in parts.layers:
-            hooks.enter_context(_tap_layer(layer, len(ids), found))
-        hooks.enter_context(_on_input(parts.final_norm, lambda x: found.update(resid_final=x[:, -1])))
+            hooks.enter_context(_tap_layer(layer, len(ids), found, choices))
+        hooks.enter_context(_on_input(parts.final_norm.module, lambda x: found.update(resid_final=x[:, -1])))
         logits = readout_logits(model, ids)
-    final = found["resid_final"].float()
-    found["norm_scale"] = torch.rsqrt(final.pow(2).mean(-1) + parts.eps)
+    found["norm_scale"] = parts.final_norm.scale(found["resid_final"])
     for layer in parts.layers:
+        at = f"{layer.index}."
         if layer.experts is not None:
-            at = f"{layer.index}."
             hidden, chosen = found.pop(f"{at}expert_in"), found[f"{at}expert_ids"]
-            found[f"{at}expert_acts"] = expert_activations(layer.experts, hidden, chosen.long())
+            found[f"{at}expert_acts"] = expert_activations(layer.experts.module, hidden, chosen.long())
         for i in range(len(layer.shared)):
-            acts = found[f"{layer.index}.shared.{i}.acts"]
-            logit = found.pop(f"{layer.index}.shared.{i}.gate_logit", None)
+            acts = found[f"{at}shared.{i}.acts"]
+            logit = found.pop(f"{at}shared.{i}.gate_logit", None)
             gate = acts.new_ones(len(acts)) if logit is None else logit.sigmoid().squeeze(-1)
-            found[f"{layer.index}.shared.{i}.gate"] = gate
-    return found, logits
+            found[f"{at}shared.{i}.gate"] = gate
+        for name, path in _paths(layer):
+            if path.norms:
+                found[at + name] = reduce(torch.mul, (n.scale(found[f"{at}norm.{id(n)}"]) for n in path.norms))
+        if layer.middle is None:
+            here = _of_layer(found, layer)
+            found[f"{at}resid_mid"] = here["resid_pre"] + attention_output(layer, here)
+    return {name: tensor for name, tensor in found.items() if ".norm." not in name}, logits
 
 
 def readout_logits(model: PreTrainedModel, ids: Int[Tensor, "b length"]) -> Float[Tensor, "b vocab"]:
@@ -130,59 +190,146 @@ def verify(
 ) -> dict[str, float]:
     """Check that the recorded parts add up; the largest relative error of each equation over the layers.
 
-    Raises AnatomyError with the equation, the layer and the size of the error.
+    An error is relative to the largest entry of what is compared, where rounding of the residual stream that it is
+    added to is allowed for. Raises AnatomyError with the equation, the layer and the size of the error.
     """
     if not torch.equal(readout_logits(model, ids), logits):
         raise AnatomyError("the forward pass changes when it is recorded; refused, since nothing below would hold")
-    limit = TOLERANCE[found["resid_final"].dtype]
+    dtype = found["resid_final"].dtype
+    limit, rounding = TOLERANCE[dtype], 4 * torch.finfo(dtype).eps
     errors: dict[str, float] = {}
 
-    def check(equation: str, layer: str, parts_sum: Tensor, whole: Tensor) -> None:
-        error = float((parts_sum.float() - whole.float()).abs().max() / whole.float().abs().max().clamp_min(1e-30))
+    def check(equation: str, where: str, parts_sum: Tensor, whole: Tensor, added_to: Tensor | None = None) -> None:
+        parts_sum, whole = parts_sum.float(), whole.to(parts_sum.device).float()
+        size = float(whole.abs().max().clamp_min(1e-30))
+        if added_to is not None:
+            size += rounding / limit * float(added_to.abs().max())
+        error = float((parts_sum - whole).abs().max()) / size
         if not error <= limit:
-            raise AnatomyError(f"{layer}: {equation} does not hold: relative error {error:.2e}, allowed {limit:.0e}")
+            raise AnatomyError(f"{where}: {equation} does not hold: relative error {error:.2e}, allowed {limit:.0e}")
         errors[equation] = max(error, errors.get(equation, 0.0))
 
     for layer in parts.layers:
-        here = {
-            name.removeprefix(f"{layer.index}."): t for name, t in found.items() if name.startswith(f"{layer.index}.")
-        }
-        name = f"layer {layer.index}"
-        after = found.get(f"{layer.index + 1}.resid_pre", found["resid_final"])
-        check("sum of heads = attention output", name, attention_output(layer, here), here["attention_out"])
-        check("sum of experts (or neurons) = FFN output", name, ffn_output(layer, here), here["ffn_out"])
-        check(
-            "attention output = residual increment", name, here["resid_pre"] + here["attention_out"], here["resid_mid"]
-        )
-        check("FFN output = residual increment", name, here["resid_mid"] + here["ffn_out"], here["resid_post"])
-        check("a layer's output = the next one's input", name, here["resid_post"], after)
-    scaled = found["resid_final"] * found["norm_scale"].to(parts.gain.dtype).unsqueeze(-1) * parts.gain
-    check("unembedding of the scaled final state = logits", "readout", parts.unembedding(scaled), logits)
+        here, where = _of_layer(found, layer), f"layer {layer.index}"
+        before, middle, after = (here[name].float() for name in ("resid_pre", "resid_mid", "resid_post"))
+        if layer.middle is not None:
+            attention = attention_output(layer, here)
+            check(
+                "sum of heads = what attention adds to the residual stream", where, attention, middle - before, middle
+            )
+        equation = "sum of experts (or neurons) = what the FFN adds to the residual stream"
+        check(equation, where, ffn_output(layer, here), after - middle, after)
+        following = found.get(f"{layer.index + 1}.resid_pre", found["resid_final"])
+        check("a layer's output = the next one's input", where, here["resid_post"], following)
+    final = parts.final_norm
+    centred = (
+        found["resid_final"] - found["resid_final"].mean(-1, keepdim=True) if final.centred else found["resid_final"]
+    )
+    scaled = centred * found["norm_scale"].to(dtype).unsqueeze(-1) * final.gain + final.bias
+    raw = parts.unembedding(scaled).float() * parts.logit_scale
+    capped = parts.softcap * torch.tanh(raw / parts.softcap) if parts.softcap else raw
+    check("unembedding of the scaled final state = logits", "readout", capped, logits)
     return errors
 
 
+def margins(scores: Float[Tensor, "*n experts"], k: int) -> Float[Tensor, "*n"]:
+    """How clear the choice of experts is: (last chosen - first rejected score) / the larger size of the two.
+
+    `scores` are those that the router's top-k really saw (with bias, after group limits). Below the relative
+    precision of a dtype (2^-8 for bfloat16) rounding can change the choice. A rejected score of -inf gives inf.
+    """
+    top = scores.float().topk(min(k + 1, scores.shape[-1]), dim=-1).values
+    if top.shape[-1] <= k:
+        return torch.full(scores.shape[:-1], torch.inf, device=scores.device)
+    last, first = top[..., k - 1], top[..., k]
+    size = torch.maximum(last.abs(), first.abs()).clamp_min(1e-30)
+    return torch.where(first.isinf(), torch.inf, (last - first) / size)
+
+
+def _per_prompt(tokens: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
+    """Scores of rows joined to their prompts: log-probabilities summed, the worst rank."""
+    of_prompt = scored.sort_values(["prompt_id", "step"]).groupby("prompt_id")
+    columns = pd.DataFrame(
+        {
+            "target_id": of_prompt["target"].first().astype("int32"),
+            "target_ids": of_prompt["target"].agg(list),
+            "log_prob": of_prompt["log_prob"].sum().astype("float32"),
+            "rank": of_prompt["rank"].max().astype("int32"),
+        }
+    )
+    return tokens.join(columns, on="prompt_id").sort_values("prompt_id", ignore_index=True)
+
+
+def _of_layer(found: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor]:
+    at = f"{layer.index}."
+    return {name.removeprefix(at): tensor for name, tensor in found.items() if name.startswith(at)}
+
+
+def _paths(layer: Layer) -> Iterator[tuple[str, Path]]:
+    """Each part of a layer: the name of its post-norms' scale, and its path."""
+    if layer.attention is not None:
+        yield "attention_scale", layer.attention.path
+    if layer.experts is not None:
+        yield "experts_scale", layer.experts.path
+    if layer.dense is not None:
+        yield "dense_scale", layer.dense.path
+    yield from ((f"shared.{i}.scale", shared.path) for i, shared in enumerate(layer.shared))
+    yield from ((f"whole.{i}.scale", path) for i, (_, path) in enumerate(layer.whole_ffn))
+
+
 def _clean_scores(
-    logits: Float[Tensor, "b vocab"], accepted: list[list[int]]
+    logits: Float[Tensor, "b vocab"], accepted: Sequence[Sequence[int]]
 ) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"], Int[Tensor, " b"]]:
-    """Target, log-probability and rank of each prompt: of the accepted tokens the one that the model likes best."""
+    """Target, log-probability and rank of each prompt: of the accepted tokens (or all) the preferred one."""
     log_probs = logits.float().log_softmax(-1)
-    targets = [ids[int(row[ids].argmax())] for row, ids in zip(log_probs, accepted, strict=True)]
+    pairs = zip(log_probs, accepted, strict=True)
+    targets = [ids[int(row[list(ids)].argmax())] if len(ids) else int(row.argmax()) for row, ids in pairs]
     target = torch.tensor(targets, device=logits.device)
     return target, log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1), ranks(logits.float(), target)
 
 
+class _Choices(TorchFunctionMode):
+    """Remembers what each torch.topk of the running forward pass chose from, until the experts are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.topk, Tensor.topk):
+            self.seen.append((args[0], result[1]))
+        return result
+
+    def scores_of(self, ids: Int[Tensor, "tokens k"]) -> Float[Tensor, "tokens experts"] | None:
+        """What these experts were chosen from; None if no top-k chose them."""
+        found = None
+        wanted = ids.sort(-1).values
+        for scores, chosen in reversed(self.seen):
+            flat = chosen.flatten(0, -2)
+            if flat.shape == wanted.shape and torch.equal(flat.sort(-1).values.to(wanted.dtype), wanted):
+                found = scores.flatten(0, -2)
+                break
+        self.seen.clear()
+        return found
+
+
 @contextmanager
-def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor]) -> Iterator[None]:
+def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor], choices: _Choices) -> Iterator[None]:
     at = f"{layer.index}."
 
-    def last(name: str) -> Callable[[Tensor], None]:
+    def last(name: str, x: Tensor) -> None:
         """Record the readout position, whether or not batch and position are flattened into one dimension."""
-        return lambda x: found.update({at + name: x.reshape(batch, -1, x.shape[-1])[:, -1]})
+        found[at + name] = x.reshape(batch, -1, x.shape[-1])[:, -1]
 
     def experts_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, chosen, weights = experts_arguments(args, kwargs)
-        last("expert_in")(hidden)
-        last("expert_weights")(weights)
+        hidden, chosen, weights = experts_arguments(module, args, kwargs)
+        last("expert_in", hidden)
+        last("expert_weights", weights)
+        scores = choices.scores_of(chosen.flatten(0, -2))
+        if scores is not None:
+            margin = margins(scores, chosen.shape[-1]).reshape(batch, -1)
+            found[f"{at}router_margin"] = torch.stack([margin[:, -1], margin.min(1).values], 1)
         chosen = chosen.reshape(batch, -1, chosen.shape[-1])
         found[f"{at}expert_ids"] = chosen[:, -1].to(torch.int16)
         load = torch.zeros(batch, layer.n_experts, dtype=torch.int16, device=chosen.device)
@@ -190,28 +337,34 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor]) -> Iterator[N
         found[f"{at}expert_load"] = load.scatter_add_(1, every, torch.ones_like(every, dtype=torch.int16))
 
     def heads(x: Tensor) -> None:
-        found[f"{at}head_in"] = x[:, -1].unflatten(-1, (layer.n_heads, layer.head_dim))
+        found[f"{at}head_in"] = x[:, -1].unflatten(-1, (layer.n_heads, -1))
 
+    inputs: list[tuple[nn.Module, Callable[[Tensor], None]]] = [(layer.block, partial(last, "resid_pre"))]
+    outputs = [(layer.block, partial(last, "resid_post"))]
+    if layer.middle is not None:
+        inputs.append((layer.middle, partial(last, "resid_mid")))
+    if layer.attention is not None:
+        if layer.attention.out_proj is not None:
+            inputs.append((layer.attention.out_proj, heads))
+        else:
+            outputs.append((layer.attention.module, partial(last, "attention_out")))
+    if layer.dense is not None:
+        inputs.append((layer.dense.down, partial(last, "acts")))
+    for i, shared in enumerate(layer.shared):
+        inputs.append((shared.down, partial(last, f"shared.{i}.acts")))
+        if shared.gate is not None:
+            outputs.append((shared.gate, partial(last, f"shared.{i}.gate_logit")))
+    for i, (module, _) in enumerate(layer.whole_ffn):
+        outputs.append((module, partial(last, f"whole.{i}.out")))
+    norms = {id(norm): norm for _, path in _paths(layer) for norm in path.norms}
+    inputs += [(norm.module, partial(last, f"norm.{key}")) for key, norm in norms.items()]
     with ExitStack() as hooks:
-        inputs: list[tuple[nn.Module, Callable[[Tensor], None]]] = [
-            (layer.block, last("resid_pre")),
-            (layer.out_proj, heads),
-            (layer.ffn_norm, last("resid_mid")),
-        ]
-        outputs = [
-            (layer.block, last("resid_post")),
-            (layer.attention, last("attention_out")),
-            (layer.ffn, last("ffn_out")),
-        ]
-        if layer.down is not None:
-            inputs.append((layer.down, last("acts")))
-        if layer.experts is not None and layer.router is not None:
-            hooks.callback(layer.experts.register_forward_pre_hook(experts_input, with_kwargs=True).remove)
-            outputs.append((layer.router, last("router_logits")))
-        for i, shared in enumerate(layer.shared):
-            inputs.append((shared.down, last(f"shared.{i}.acts")))
-            if shared.gate is not None:
-                outputs.append((shared.gate, last(f"shared.{i}.gate_logit")))
+        if layer.experts is not None:
+            handle = layer.experts.module.register_forward_pre_hook(experts_input, with_kwargs=True)
+            hooks.callback(handle.remove)
+            if layer.experts.router is not None:
+                logits = partial(_last_of_width, layer.n_experts, partial(last, "router_logits"))
+                hooks.callback(layer.experts.router.register_forward_hook(logits).remove)
         for module, see in inputs:
             hooks.enter_context(_on_input(module, see))
         for module, see in outputs:
@@ -219,12 +372,17 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor]) -> Iterator[N
         yield
 
 
+def _last_of_width(width: int, see: Callable[[Tensor], None], module: nn.Module, args: Any, output: Any) -> None:
+    outputs = output if isinstance(output, tuple) else (output,)
+    see(next(x for x in outputs if isinstance(x, Tensor) and x.shape[-1] == width and x.is_floating_point()))
+
+
 @contextmanager
 def _on_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
-    """Show the first argument of each call of `module` to `see`."""
+    """Show the first tensor of numbers that each call of `module` gets to `see`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(args[0] if args else kwargs["hidden_states"])
+        see(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point()))
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -11,10 +12,12 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from moescope.facts import FactsError, Relation, did_you_mean, load_relations, malformed
+from moescope.sources import PRESETS, check
 
 MOE_SHAPE = ("experts", "experts_per_token", "expert_width")
 DENSE_SHAPE = ("ffn_width",)
 CHECKPOINT_FILES = (
+    "model.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -22,6 +25,8 @@ CHECKPOINT_FILES = (
     "tokenizer_config.json",
     "training.json",
 )
+FACTS = "config/facts"
+SOURCES = ("toy", "hub", "folder")
 SECTIONS = ("datasets", "models")
 MOE_ARCHITECTURES = ("qwen2_moe", "olmoe", "mixtral")
 
@@ -37,7 +42,7 @@ class ConfigError(ValueError):
 def resolve(
     raw: Mapping[str, Any], schema: Mapping[str, Any], source: str
 ) -> tuple[dict[str, Any], dict[str, list[Relation]]]:
-    """The configuration with its defaults filled in, and the relations of each data set.
+    """The configuration with its defaults filled in, and the relations of each data set of fact files.
 
     `source` names the file that the sentences point to. Raises ConfigError with every error of the
     configuration and of all fact files that it leads to.
@@ -45,10 +50,18 @@ def resolve(
     found = schema_errors(raw, schema)
     config = with_defaults(raw, schema)
     broken = {path[:2] for path, _ in found}
+    for dataset in _entries(config, "datasets", broken).values():
+        own = dataset["format"] == "facts"
+        dataset.setdefault("templates", "held_out" if own else "all")
+        if own and "hub" not in dataset:
+            dataset.setdefault("path", FACTS)
     errors = [f"{source}: {sentence}" for sentence in [*(s for _, s in found), *cross_errors(config, broken)]]
     tasks = config["tasks"] if ("tasks",) not in broken else schema["properties"]["tasks"]["default"]
     relations = {}
     for name, dataset in _entries(config, "datasets", broken).items():
+        if dataset["format"] != "facts":
+            errors += [f"datasets.{name}: {sentence}" for sentence in _public_errors(dataset)]
+            continue
         try:
             relations[name] = load_relations(fact_files(dataset), tasks)
         except FactsError as error:
@@ -69,7 +82,7 @@ def yaml_error(path: Path) -> str:
 
 def fact_files(dataset: Mapping[str, Any]) -> list[Path]:
     """The fact files of a data set: those of its relations, or all of its folder, sorted by name."""
-    folder = Path(dataset["folder"])
+    folder = Path(dataset["path"])
     if dataset["relations"]:
         return [folder / f"{relation}.yaml" for relation in dataset["relations"]]
     return sorted(folder.glob("*.yaml"))
@@ -89,9 +102,24 @@ def with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
     return {key: with_defaults(item, known.get(key, rest)) for key, item in filled.items()}
 
 
+def source_files(dataset: Mapping[str, Any], fetched: Path) -> list[Path]:
+    """The files that a data set is read from: its own, or those that were fetched into the folder `fetched`."""
+    if dataset["format"] == "facts":
+        return fact_files(dataset)
+    if "hub" in dataset:
+        return [fetched]
+    path = Path(dataset["path"])
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def wanted_relations(dataset: Mapping[str, Any]) -> list[str]:
+    """The relations that a public data set is cut down to; empty for all."""
+    return [*dataset["relations"], *PRESETS.get(dataset["preset"], ())]
+
+
 def is_moe(model: Mapping[str, Any]) -> bool:
-    """Whether a model of the configuration has routed experts."""
-    return model["toy"]["architecture"] in MOE_ARCHITECTURES
+    """Whether a model of the configuration has routed experts, or is asked to have them."""
+    return model["toy"]["architecture"] in MOE_ARCHITECTURES if "toy" in model else model["kind"] == "moe"
 
 
 def active_width(toy: Mapping[str, Any]) -> int:
@@ -114,15 +142,18 @@ def cross_errors(config: Mapping[str, Any], broken: Collection[tuple[str, ...]])
     """
     models, datasets = _entries(config, "models", broken), _entries(config, "datasets", broken)
     for name, dataset in datasets.items():
-        if not dataset["relations"] and not fact_files(dataset):
-            yield f"datasets.{name}.folder: '{dataset['folder']}' holds no fact file (*.yaml); name another folder"
+        yield from (f"datasets.{name}{sentence}" for sentence in _dataset_errors(dataset))
     names = {section: config[section] if isinstance(config.get(section), Mapping) else None for section in SECTIONS}
     learned = config["toy_training"].get("dataset") if isinstance(config["toy_training"], Mapping) else None
-    if isinstance(learned, str) and names["datasets"] is not None and learned not in names["datasets"]:
+    toys = any("toy" in model for model in models.values())
+    if toys and isinstance(learned, str) and names["datasets"] is not None and learned not in names["datasets"]:
         yield f"toy_training.dataset: '{learned}' is not a data set{did_you_mean(learned, names['datasets'])}"
+    elif toys and datasets.get(str(learned), {"format": "facts"})["format"] != "facts":
+        yield f"toy_training.dataset: '{learned}' has no held-out templates; name a data set of fact files"
     complete = set()
     for name, model in models.items():
-        shape_errors = list(_shape_errors(model["toy"]))
+        yield from (f"models.{name}{sentence}" for sentence in _model_errors(model))
+        shape_errors = list(_shape_errors(model["toy"])) if "toy" in model else []
         yield from (f"models.{name}.toy.{sentence}" for sentence in shape_errors)
         if not shape_errors:
             complete.add(name)
@@ -132,13 +163,13 @@ def cross_errors(config: Mapping[str, Any], broken: Collection[tuple[str, ...]])
             continue
         if partner not in config["models"]:
             yield f"{here}: '{partner}' is not a model{did_you_mean(partner, config['models'])}"
-        elif partner not in models:
+        elif partner not in models or not (_has_kind(model) and _has_kind(models[partner])):
             continue
         elif not is_moe(model):
             yield f"{here}: '{name}' is dense itself; only a Mixture-of-Experts model has a dense partner"
         elif is_moe(models[partner]):
             yield f"{here}: '{partner}' is itself a Mixture-of-Experts model; name a dense one"
-        elif {name, partner} <= complete:
+        elif {name, partner} <= complete and "toy" in model and "toy" in models[partner]:
             ours, theirs = (
                 {"layers": t["layers"], "seed": t["seed"], "active FFN neurons": active_width(t)}
                 for t in (model["toy"], models[partner]["toy"])
@@ -146,6 +177,55 @@ def cross_errors(config: Mapping[str, Any], broken: Collection[tuple[str, ...]])
             for what, mine in ours.items():
                 if mine != theirs[what]:
                     yield f"{here}: '{partner}' has {what} {theirs[what]}, '{name}' has {mine}; a pair must agree"
+
+
+def _has_kind(model: Mapping[str, Any]) -> bool:
+    return "toy" in model or "kind" in model
+
+
+def _model_errors(model: Mapping[str, Any]) -> Iterator[str]:
+    given = [key for key in SOURCES if key in model]
+    if len(given) != 1:
+        yield f": {' and '.join(given) or 'nothing'} given; give just one of {', '.join(SOURCES)}"
+    elif given != ["toy"] and "kind" not in model:
+        yield ".kind: missing; say moe or dense, so that the jobs are known before the model is fetched"
+    if "toy" in model and "kind" in model:
+        yield ".kind: a toy model says it by its architecture; remove it"
+    if "folder" in model and not Path(model["folder"]).is_dir():
+        yield f".folder: '{model['folder']}' is not a folder; mend the path, which is relative to the working directory"
+    if model["max_memory"] and model["device"] != "auto":
+        yield f".max_memory: only means something with device auto, not {model['device']}; remove one"
+
+
+def _dataset_errors(dataset: Mapping[str, Any]) -> Iterator[str]:
+    own = dataset["format"] == "facts"
+    if ("path" in dataset) + ("hub" in dataset) != 1:
+        yield f": {'both path and hub' if 'path' in dataset else 'no path'} given; give path or hub"
+    elif own and "hub" in dataset:
+        yield f".hub: fact files are local; give the folder as path, or the format of '{dataset['hub']}'"
+    elif own and not dataset["relations"] and not fact_files(dataset):
+        yield f".path: '{dataset['path']}' holds no fact file (*.yaml); name another folder"
+    if own and dataset["preset"]:
+        yield f".preset: '{dataset['preset']}' names LRE relations; use it with format lre, or list relations"
+    if not own and dataset.get("templates", "all") != "all":
+        yield f".templates: a public data set has no {dataset['templates']} templates; remove the key"
+    if dataset["preset"] and dataset["relations"]:
+        yield ".relations: preset names relations already; remove one of the two"
+    if dataset["columns"] and dataset["format"] != "table":
+        yield f".columns: format {dataset['format']} has columns of its own; use format table, or remove columns"
+    if own:
+        for relation in dataset["relations"]:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", relation):
+                yield f".relations: '{relation}' is not a usable name of a fact file; use letters, digits, '-' and '_'"
+
+
+def _public_errors(dataset: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files of a public data set that are here already."""
+    if "path" not in dataset or "hub" in dataset:
+        return []
+    return check(
+        dataset["format"], Path(dataset["path"]), relations=wanted_relations(dataset), columns=dataset["columns"]
+    )
 
 
 def _shape_errors(toy: Mapping[str, Any]) -> Iterator[str]:

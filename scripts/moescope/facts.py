@@ -10,9 +10,11 @@ A fact file holds one relation:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,16 @@ from moescope.artifacts import digest
 SLOT = "{}"
 MIN_TRAINING_TEMPLATES = 3
 KEYS = ("task", "templates", "held_out_template", "facts")
+CHANGED = "the tokens of the prompt change when '{}' follows"
+EMPTY = "the object '{}' has no token of its own"
+UNKNOWN = "the tokenizer does not know how the object '{}' begins"
+MISPLACED = "the subject '{}' does not stand where subject_at says"
+MENDS = {
+    CHANGED: "end the templates with a whole word and without a space",
+    EMPTY: "write the objects in characters that the tokenizer keeps",
+    UNKNOWN: "write the objects in a script that the model was trained on",
+    MISPLACED: "mend subject_at in the data set, or set it to -1",
+}
 
 
 class FactsError(ValueError):
@@ -87,9 +99,10 @@ def load_relations(paths: Sequence[Path], tasks: Sequence[str]) -> list[Relation
 def prompt_table(relations: Sequence[Relation]) -> pd.DataFrame:
     """All prompts of a data set, one row per fact and template.
 
-    Columns: prompt_id, fact_id (int32), task, relation (str), template_id (int8, within the
+    Columns: prompt_id, fact_id (int32), task, relation (str), template_id (int16, within the
     relation, the held-out template last), held_out (bool), subject (str), objects (list[str],
-    the most usual first), prompt (str, ends right before the object).
+    the most usual first), prompt (str, ends right before the object), subject_at (int32, character of
+    the prompt at which the subject starts; -1 where a data set of another source does not know it).
     """
     rows = [
         (
@@ -101,12 +114,14 @@ def prompt_table(relations: Sequence[Relation]) -> pd.DataFrame:
             fact.subject,
             list(fact.objects),
             template.replace(SLOT, fact.subject),
+            template.index(SLOT),
         )
         for fact_id, (relation, fact) in enumerate((r, f) for r in relations for f in r.facts)
         for template_id, template in enumerate(relation.templates)
     ]
-    columns = ["task", "relation", "fact_id", "template_id", "held_out", "subject", "objects", "prompt"]
-    table = pd.DataFrame(rows, columns=columns).astype({"fact_id": "int32", "template_id": "int8"})
+    columns = ["task", "relation", "fact_id", "template_id", "held_out", "subject", "objects", "prompt", "subject_at"]
+    types = {"fact_id": "int32", "template_id": "int16", "subject_at": "int32"}
+    table = pd.DataFrame(rows, columns=columns).astype(types)
     table.insert(0, "prompt_id", pd.RangeIndex(len(table)).astype("int32"))
     return table
 
@@ -128,44 +143,142 @@ def dataset_digest(table: pd.DataFrame) -> str:
     return digest(table.to_json(orient="split").encode())
 
 
-def tokenise(tokenizer: Callable[..., Any], prompts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tokenise(tokenizer: Any, prompts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tokenise each prompt with each accepted object in place (method.md, section 1, target).
 
-    `tokenizer` is a fast transformers tokenizer. Returns (tokens, dropped): `prompts` with the columns
-    token_ids (list[int]), length (int16), accepted_ids (list[int]: the first token of each accepted
-    object in the context of its prompt), object_tokens (int16: tokens of the first object),
-    subject_start and subject_end (int16: the subject's span in token_ids, end exclusive); and the
-    prompts that cannot be used, with the column `reason`.
+    `tokenizer` is any fast transformers tokenizer, called as it comes: the special tokens that it puts in
+    front belong to the prompt, those that it puts behind are left out, and no chat template is applied.
+    An object follows its prompt after one space. Where that space is a token of its own, it ends the prompt:
+    a blank would be a useless target. Returns (tokens, dropped). tokens: `prompts` with the columns
+
+    - token_ids (list[int]) and length (int16) of the prompt;
+    - answer_ids (list[list[int]]): all tokens of each accepted object in the context of its prompt, in the
+      order of `objects`; the first object decides which tokens are the prompt's, and another one that does
+      not follow these very tokens is left out;
+    - accepted_ids (list[int]): the distinct first tokens of answer_ids;
+    - object_tokens (int16): tokens of the first object;
+    - subject_start, subject_end (int16): the subject's tokens within token_ids, end exclusive; both -1 where
+      subject_at is -1 or not given, or where the tokenizer drops the subject.
+
+    dropped: the prompts that cannot be used with their first object, and the column `reason`, a sentence.
+    Raises FactsError if the tokenizer knows no character offsets, or if no prompt is left.
     """
-    texts = prompts["prompt"].tolist()
-    encoded = tokenizer(texts, return_offsets_mapping=True)
-    rows, dropped = [], []
-    for position, (row, text) in enumerate(zip(prompts.itertuples(index=False), texts, strict=True)):
-        ids = encoded["input_ids"][position]
-        answers = [tokenizer(f"{text} {answer}")["input_ids"] for answer in row.objects]
-        bad = next((o for o, a in zip(row.objects, answers, strict=True) if a[: len(ids)] != ids), None)
-        empty = next((o for o, a in zip(row.objects, answers, strict=True) if len(a) <= len(ids)), None)
-        span = _token_span(encoded["offset_mapping"][position], text, row.subject)
-        if bad is not None:
-            dropped.append((position, f"the tokens of the prompt change when '{bad}' follows"))
-        elif empty is not None:
-            dropped.append((position, f"the object '{empty}' has no token of its own"))
+    if not getattr(tokenizer, "is_fast", False):
+        name = type(tokenizer).__name__
+        sentence = f"{name}: this tokenizer does not tell which characters a token stands for"
+        raise FactsError([f"{sentence}; use a checkpoint with a fast one (tokenizer.json)"])
+    texts, objects = prompts["prompt"].tolist(), prompts["objects"].tolist()
+    places = prompts["subject_at"].tolist() if "subject_at" in prompts else [-1] * len(prompts)
+    with_object = [f"{text} {o}" for text, accepted in zip(texts, objects, strict=True) for o in accepted]
+    followed = iter(_encode(tokenizer, with_object))
+    unknown = tokenizer.unk_token_id
+    rows: list[tuple[Any, ...]] = []
+    dropped: list[tuple[int, str, str]] = []
+    columns = zip(prompts["subject"], objects, places, _encode(tokenizer, texts), strict=True)
+    for position, (subject, accepted, at, (text, ids, offsets)) in enumerate(columns):
+        answers = [_split(len(ids), *whole) for whole in islice(followed, len(accepted))]
+        before, answer = answers[0]
+        flaw = _flaw(ids, before, answer, unknown)
+        if flaw:
+            dropped.append((position, flaw, accepted[0]))
+        elif at >= 0 and not text.startswith(subject, at):
+            dropped.append((position, MISPLACED, subject))
         else:
-            accepted = list(dict.fromkeys(a[len(ids)] for a in answers))
-            rows.append((position, ids, len(ids), accepted, len(answers[0]) - len(ids), *span))
-    names = ["position", "token_ids", "length", "accepted_ids", "object_tokens", "subject_start", "subject_end"]
-    found = pd.DataFrame(rows, columns=names)
-    tokens = prompts.iloc[found.pop("position")].reset_index(drop=True).join(found)
-    tokens = tokens.astype(dict.fromkeys(("length", "object_tokens", "subject_start", "subject_end"), "int16"))
-    lost = pd.DataFrame(dropped, columns=["position", "reason"])
-    return tokens, prompts.iloc[lost.pop("position")].reset_index(drop=True).join(lost)
+            same = [a for start, a in answers if start == before and a and a[0] != unknown]
+            first = list(dict.fromkeys(a[0] for a in same))
+            span = _token_span(tokenizer, ids, offsets, at, at + len(subject))
+            rows.append((position, before, len(before), same, first, len(answer), *span))
+    if not rows:
+        raise FactsError([_none_left(Counter(kind for _, kind, _ in dropped))])
+    names = ["token_ids", "length", "answer_ids", "accepted_ids", "object_tokens", "subject_start", "subject_end"]
+    types = dict.fromkeys(("length", "object_tokens", "subject_start", "subject_end"), "int16")
+    found = pd.DataFrame([row for _, *row in rows], columns=names).astype(types)
+    reasons = pd.Series([kind.format(word) for _, kind, word in dropped], dtype="str", name="reason")
+    tokens = prompts.iloc[[position for position, *_ in rows]].reset_index(drop=True).join(found)
+    return tokens, prompts.iloc[[position for position, *_ in dropped]].reset_index(drop=True).join(reasons)
 
 
-def _token_span(offsets: Sequence[tuple[int, int]], text: str, subject: str) -> tuple[int, int]:
-    start = text.index(subject)
-    end = start + len(subject)
-    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-    return inside[0], inside[-1] + 1
+def steps(prompts: pd.DataFrame) -> pd.DataFrame:
+    """Every answer token of every prompt as a prompt of its own, the earlier answer tokens given.
+
+    `prompts` has the columns prompt_id, token_ids and target_ids (list[int], the answer tokens). Returns, in
+    their order: prompt_id (int32), step (int16, from 0), token_ids (list[int], the prompt and the answer
+    tokens before this one), length (int16) and target_id (int32).
+    """
+    rows = []
+    for prompt_id, prompt, targets in prompts[["prompt_id", "token_ids", "target_ids"]].itertuples(index=False):
+        given = [int(token) for token in prompt]
+        for step, target in enumerate(targets):
+            rows.append((prompt_id, step, list(given), len(given), target))
+            given.append(int(target))
+    types = {"prompt_id": "int32", "step": "int16", "length": "int16", "target_id": "int32"}
+    return pd.DataFrame(rows, columns=["prompt_id", "step", "token_ids", "length", "target_id"]).astype(types)
+
+
+def known(prompts: pd.DataFrame, rank: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The prompts whose target has at most this `rank` in the clean run, and the others with their `reason`.
+
+    `prompts` has the column rank; a `rank` of 0 keeps all. Raises FactsError if none is kept.
+    """
+    keep = prompts["rank"] <= rank if rank else pd.Series(True, index=prompts.index)
+    if not keep.any():
+        best = f"the best of {len(prompts)} is {prompts['rank'].min()}" if len(prompts) else "there is no prompt"
+        raise FactsError([f"no prompt has rank {rank} or better, {best}; allow a higher rank, or 0 for all prompts"])
+    kept, unknown = prompts[keep].reset_index(drop=True), prompts[~keep].reset_index(drop=True)
+    reasons = [f"rank {found} in the clean run, more than {rank}" for found in unknown["rank"]]
+    return kept, unknown.assign(reason=pd.Series(reasons, dtype="str"))
+
+
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[tuple[str, list[int], list[tuple[int, int]]]]:
+    """Each text with its token ids and their character offsets, without the special tokens behind it."""
+    if not texts:
+        return []
+    encoded = tokenizer(texts, return_offsets_mapping=True, return_special_tokens_mask=True)
+    found = []
+    for text, ids, offsets, special in zip(
+        texts, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+    ):
+        end = next((i for i in range(len(ids), 0, -1) if not special[i - 1]), 0)
+        found.append((text, ids[:end], offsets[:end]))
+    return found
+
+
+def _split(
+    prompt_length: int, text: str, ids: list[int], offsets: list[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """The tokens before the object and its own: it begins at the first token after the prompt that is no blank."""
+    # Offsets may leave out the blank of a token: a token that is only a blank then stands for no character.
+    blanks = takewhile(lambda span: not text[slice(*span)].strip(), offsets[prompt_length:])
+    first = prompt_length + len(list(blanks))
+    return ids[:first], ids[first:]
+
+
+def _flaw(prompt: list[int], before: list[int], answer: list[int], unknown: int | None) -> str:
+    """Why an object cannot be used after its prompt; empty if it can."""
+    if before[: len(prompt)] != prompt:
+        return CHANGED
+    if not answer:
+        return EMPTY
+    return UNKNOWN if answer[0] == unknown else ""
+
+
+def _token_span(
+    tokenizer: Any, ids: list[int], offsets: list[tuple[int, int]], start: int, end: int
+) -> tuple[int, int]:
+    """The tokens that share a character with text[start:end]; -1, -1 if there are none, or if start is -1."""
+    inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start] if start >= 0 else []
+    # A blank that the tokenizer puts before a text counts as a part of the text's first character.
+    while len(inside) > 1 and not tokenizer.decode(ids[inside[0]]).strip():
+        inside.pop(0)
+    return (inside[0], inside[-1] + 1) if inside else (-1, -1)
+
+
+def _none_left(kinds: Counter[str]) -> str:
+    if not kinds:
+        return "there is no prompt to tokenise; choose other templates or relations, or fewer shards"
+    kind, count = kinds.most_common(1)[0]
+    why = kind.format("...")
+    return f"none of the {kinds.total()} prompts can be used, for {count} of them because {why}; {MENDS[kind]}"
 
 
 def _read_relation(path: Path, tasks: Sequence[str], errors: list[str]) -> Relation | None:

@@ -32,9 +32,9 @@ def intervene(
         for layer in parts.layers:
             if gate_weights is not None and layer.experts is not None:
                 edit = partial(_edit_call, partial(gate_weights, layer.index))
-                hooks.callback(layer.experts.register_forward_pre_hook(edit, with_kwargs=True).remove)
-            silenced = [] if shared_experts else [shared.module for shared in layer.shared]
-            for module in silenced if ffn else [layer.ffn]:
+                hooks.callback(layer.experts.module.register_forward_pre_hook(edit, with_kwargs=True).remove)
+            silenced = [] if shared_experts else [shared.down for shared in layer.shared]
+            for module in silenced if ffn else layer.ffn_modules:
                 hooks.callback(module.register_forward_hook(_zero).remove)
         yield
 
@@ -45,7 +45,7 @@ def block_experts(blocked: Mapping[int, Bool[Tensor, "rows experts"]]) -> GateEd
     def edit(layer: int, ids: Tensor, weights: Tensor) -> Tensor:
         if layer not in blocked:
             return weights
-        marks = blocked[layer]
+        marks = blocked[layer].to(ids.device)
         per_token = marks.repeat_interleave(len(ids) // len(marks), dim=0)
         return weights.masked_fill(per_token.gather(1, ids), 0)
 
@@ -65,7 +65,7 @@ def keep_top(n: int) -> GateEdit:
 def _edit_call(
     edit: Callable[[Tensor, Tensor], Tensor], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    hidden, ids, weights = experts_arguments(args, kwargs)
+    hidden, ids, weights = experts_arguments(module, args, kwargs)
     return (hidden, ids, edit(ids, weights)), {}
 
 

@@ -1,28 +1,22 @@
-"""Loading a model, and its anatomy: the modules that write to the residual stream, found by structure.
+"""The parts of a model that write to its residual stream, and what each of them writes.
 
-Nothing here goes by a model's name. What is found is only believed after `capture.verify` has added
-the parts up and compared the sums with the residual stream.
+`anatomy.find` finds them by structure and checks them by arithmetic; nothing goes by a model's name.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import reduce
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
-
-from moescope.artifacts import file_digest, one_line
-
-
-class CheckpointError(ValueError):
-    """A folder that cannot be loaded as a model."""
+from transformers.pytorch_utils import Conv1D
 
 
 class AnatomyError(ValueError):
@@ -30,120 +24,174 @@ class AnatomyError(ValueError):
 
 
 @dataclass(frozen=True)
-class Shared:
-    """A shared expert: every token passes through it, times its own gate (1 if it has none)."""
+class Norm:
+    """A norm, y = gain * scale(x) * x + bias, where x is centred first if `centred` (LayerNorm)."""
 
     module: nn.Module
-    down: nn.Linear
-    gate: nn.Linear | None
+    gain: Float[Tensor, " d_model"]
+    bias: Float[Tensor, " d_model"]
+    centred: bool
+    eps: float
+
+    def scale(self, x: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n"]:
+        """1 / root mean square of x, in float32: what the norm multiplies with, beside its gain."""
+        x = x.float()
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return torch.rsqrt(x.pow(2).mean(-1) + self.eps)
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a block's output reaches the residual stream: through post-norms, the first one first, times a factor."""
+
+    factor: float = 1.0
+    norms: tuple[Norm, ...] = ()
+
+    def carry(
+        self, vectors: Float[Tensor, "n *units d_model"], scale: Float[Tensor, " n"] | None
+    ) -> Float[Tensor, "n *units d_model"]:
+        """What of these vectors is added to the residual stream, the post-norms' scales held as recorded."""
+        if self.factor != 1.0:
+            vectors = vectors * self.factor
+        if self.norms and scale is not None:
+            gain = reduce(torch.mul, (norm.gain for norm in self.norms))
+            vectors = vectors * gain * scale.to(vectors.dtype).view(-1, *[1] * (vectors.ndim - 1))
+        return vectors
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The block of a layer that looks at other positions.
+
+    Head h is dimensions [h head_dim, (h + 1) head_dim) of the input of `out_proj`. A block without heads that can
+    be told apart (linear attention, state-space) has no `out_proj`: it is one component, and `whole` says why.
+    """
+
+    module: nn.Module
+    path: Path
+    out_proj: nn.Module | None
+    n_heads: int
+    whole: str = ""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a layer, a module that transformers' experts interface calls."""
+
+    module: nn.Module
+    router: nn.Module | None
+    path: Path
+
+    @property
+    def count(self) -> int:
+        """Number of routed experts."""
+        return len(cast(Tensor, self.module.down_proj))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense FFN, or a shared expert: every token passes through it, times sigmoid(gate) if there is one.
+
+    Neuron k is column k of `down`, the map onto the residual stream.
+    """
+
+    down: nn.Module
+    gate: nn.Module | None
+    path: Path
 
 
 @dataclass(frozen=True)
 class Layer:
     """What writes to the residual stream in one decoder layer.
 
-    A dense FFN has `down`; an MoE FFN has `experts`, `router` and any number of `shared` experts.
+    An MoE layer has `experts` and any number of `shared` experts, a dense one has `dense`. An FFN that cannot be
+    told apart is one component, with its modules in `whole_ffn` and the reason in `whole`. Either block can be
+    missing. `middle` is a module that reads the residual stream between the two blocks.
     """
 
     index: int
     block: nn.Module
-    attention: nn.Module
-    out_proj: nn.Linear
-    head_dim: int
-    ffn_norm: nn.Module
-    ffn: nn.Module
-    down: nn.Linear | None
-    experts: nn.Module | None
-    router: nn.Module | None
-    shared: tuple[Shared, ...]
+    attention: Attention | None
+    middle: nn.Module | None
+    experts: Experts | None
+    shared: tuple[Dense, ...]
+    dense: Dense | None
+    whole_ffn: tuple[tuple[nn.Module, Path], ...] = ()
+    whole: str = ""
 
     @property
     def n_heads(self) -> int:
-        return self.out_proj.in_features // self.head_dim
+        """Heads that can be told apart, 0 if there are none."""
+        return self.attention.n_heads if self.attention is not None else 0
 
     @property
     def n_experts(self) -> int:
         """Number of routed experts, 0 for a dense FFN."""
-        return len(cast(Tensor, self.experts.down_proj)) if self.experts is not None else 0
+        return self.experts.count if self.experts is not None else 0
+
+    @property
+    def ffn_modules(self) -> list[nn.Module]:
+        """The modules whose outputs make the FFN's."""
+        dense = [part.down for part in (self.dense, *self.shared) if part is not None]
+        routed = [self.experts.module] if self.experts is not None else []
+        return dense + routed + [module for module, _ in self.whole_ffn]
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The layers of a model, its final norm (gain [d_model] and epsilon) and its unembedding."""
+    """The layers of a model, its final norm and its unembedding.
+
+    Logits are `logit_scale` times the unembedding of the normed final state, and then, if `softcap` is not 0,
+    softcap tanh(logits / softcap).
+    """
 
     layers: tuple[Layer, ...]
-    final_norm: nn.Module
-    gain: Float[Tensor, " d_model"]
-    eps: float
-    unembedding: nn.Linear
+    final_norm: Norm
+    unembedding: nn.Module
+    logit_scale: float = 1.0
+    softcap: float = 0.0
 
     @property
     def is_moe(self) -> bool:
         return any(layer.experts is not None for layer in self.layers)
 
 
-def load(
-    folder: str | Path, device: str = "cpu", dtype: str = "auto", experts_backend: str | None = None
-) -> tuple[PreTrainedModel, Any]:
-    """A causal language model in evaluation mode and its tokenizer, from a local folder of safetensors.
+@contextmanager
+def weights_of(*modules: nn.Module | None) -> Iterator[None]:
+    """Within the context the weights of these modules can be read, also where they are offloaded."""
+    with ExitStack() as stack:
+        for module in modules:
+            if module is not None:
+                stack.enter_context(align_module_device(module))
+        yield
 
-    `experts_backend` names one of transformers' experts implementations; None takes the model's default.
-    Raises CheckpointError if a file is missing or damaged.
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear map with weights that can be read (nn.Linear, or GPT-2's Conv1D)."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def weight_of(linear: nn.Module) -> Float[Tensor, "out in"]:
+    """The weight of a linear map, whichever way round it is stored."""
+    weight = cast(Tensor, linear.weight)
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
+def experts_arguments(
+    experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(hidden states, expert ids, gate weights) of a call through transformers' experts interface.
+
+    The interface fixes their order; their names are each family's own.
     """
-    transformers_logging.disable_progress_bar()
-    backend = {} if experts_backend is None else {"experts_implementation": experts_backend}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **backend
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder}/: cannot be loaded ({one_line(error)}); delete it and run again") from error
-    return cast(Any, model).to(device).eval().requires_grad_(False), tokenizer
+    bound = inspect.signature(type(experts).forward).bind(experts, *args, **kwargs)
+    _, hidden, ids, weights = list(bound.arguments.values())[:4]
+    return hidden, ids, weights
 
 
-def identity(model: PreTrainedModel, folder: Path) -> dict[str, str]:
-    """What names a loaded model in the provenance of an artifact."""
-    return {
-        "model_commit": file_digest(folder / "model.safetensors"),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "experts_backend": str(getattr(model.config, "_experts_implementation", None)),
-        "device": str(model.device),
-    }
-
-
-def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of a pre-norm decoder.
-
-    Raises AnatomyError, naming the layer and what is missing, for a structure that is not understood.
-    """
-    base = model.base_model
-    stacks = [module for module in base.children() if isinstance(module, nn.ModuleList)]
-    if len(stacks) != 1:
-        raise AnatomyError(f"{type(model).__name__}: {len(stacks)} stacks of layers found, one decoder stack is needed")
-    unembedding = model.get_output_embeddings()
-    if not isinstance(unembedding, nn.Linear):
-        raise AnatomyError(f"{type(model).__name__}: no linear unembedding found; this is not a causal language model")
-    hidden = unembedding.in_features
-    norms = [module for module in base.children() if _is_norm(module, hidden)]
-    if len(norms) != 1:
-        raise AnatomyError(f"{type(model).__name__}: {len(norms)} final norms found, exactly one is needed")
-    eps = next((getattr(norms[0], name) for name in ("variance_epsilon", "eps") if hasattr(norms[0], name)), None)
-    if eps is None:
-        raise AnatomyError(f"{type(model).__name__}: the final norm {type(norms[0]).__name__} has no epsilon")
-    layers = tuple(_layer(index, block, hidden) for index, block in enumerate(stacks[0]))
-    # Asked of the norm itself: its parameter is the gain in most models, the gain minus 1 in some.
-    with torch.no_grad():
-        ones = torch.ones(hidden, dtype=model.dtype, device=unembedding.weight.device)
-        gain = norms[0](ones) * (1 + float(eps)) ** 0.5
-    return Anatomy(layers, norms[0], gain, float(eps), unembedding)
-
-
-def experts_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden states, expert ids, gate weights) of a call through transformers' experts interface."""
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    named = dict(zip(names[: len(args)], args, strict=True)) | dict(kwargs)
-    return named[names[0]], named[names[1]], named[names[2]]
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers' experts interface calls this module."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
 
 
 def expert_down(experts: nn.Module, expert: int) -> Float[Tensor, "d_model d_expert"]:
@@ -157,110 +205,82 @@ def expert_activations(
 ) -> Float[Tensor, "n k d_expert"]:
     """What feeds the columns of the down projections of the chosen experts, before the gate weight.
 
-    Recomputed from the experts' input, since no backend hands it out; `capture.verify` proves it right.
+    Recomputed from the experts' input with the module's own gating function, since no backend hands it out;
+    `capture.verify` proves it right.
     """
-    up = cast(Tensor, experts.gate_up_proj)
+    module = cast(Any, experts)
     rows: list[Tensor] = []
-    for expert in ids.unique().tolist():
-        token = (ids == expert).nonzero()[:, 0]
-        weight = up[expert].T if experts.is_transposed else up[expert]
-        rows.append(cast(Any, experts)._apply_gate(nn.functional.linear(hidden[token], weight)))
+    with weights_of(experts):
+        name = "gate_up_proj" if module.has_gate else "up_proj"
+        up: Tensor = getattr(module, name)
+        bias: Any = getattr(module, f"{name}_bias", None)
+        for expert in ids.unique().tolist():
+            token = (ids == expert).nonzero()[:, 0]
+            weight = up[expert].T if module.is_transposed else up[expert]
+            inner = nn.functional.linear(hidden[token], weight, bias[expert] if module.has_bias else None)
+            rows.append(module._apply_gate(inner) if module.has_gate else module.act_fn(inner))
     order = ids.flatten().argsort(stable=True).argsort()
     return torch.cat(rows)[order].unflatten(0, tuple(ids.shape))
 
 
 def head_contributions(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n heads d_model"]:
-    """Each head's slice of the output projection, applied to that head's input of it."""
-    weight = layer.out_proj.weight.unflatten(1, (layer.n_heads, layer.head_dim))
-    return torch.einsum("nhk,dhk->nhd", here["head_in"], weight)
+    """What each head adds to the residual stream; no heads where the attention block is one component."""
+    attention = layer.attention
+    if attention is None or attention.out_proj is None:
+        return here["resid_pre"].unsqueeze(1)[:, :0]
+    with weights_of(attention.out_proj):
+        weight = weight_of(attention.out_proj).unflatten(1, (attention.n_heads, -1))
+        vectors = torch.einsum("nhk,dhk->nhd", here["head_in"], weight)
+    return attention.path.carry(vectors, here.get("attention_scale"))
 
 
 def attention_output(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n d_model"]:
-    """The sum of the heads' contributions, and the projection's bias if it has one."""
+    """What the attention block adds to the residual stream: its heads, and its projection's bias if it has one."""
+    attention = layer.attention
+    if attention is None:
+        return torch.zeros_like(here["resid_pre"])
+    if attention.out_proj is None:
+        return attention.path.carry(here["attention_out"], here.get("attention_scale"))
     total = head_contributions(layer, here).sum(1)
-    return total if layer.out_proj.bias is None else total + layer.out_proj.bias
-
-
-def ffn_output(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n d_model"]:
-    """The sum of the neurons' contributions of a dense FFN, or of all routed and shared experts."""
-    if layer.down is not None:
-        return layer.down(here["acts"])
-    total = expert_contributions(layer, here).sum(1)
-    for i in range(len(layer.shared)):
-        total = total + shared_contribution(layer, here, i)
-    return total
+    bias = cast("Tensor | None", getattr(attention.out_proj, "bias", None))
+    if bias is None:
+        return total
+    with weights_of(attention.out_proj):
+        constant = cast(Tensor, attention.out_proj.bias).expand_as(total)
+        return total + attention.path.carry(constant, here.get("attention_scale"))
 
 
 def expert_contributions(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n k d_model"]:
-    """Gate weight x output of each chosen routed expert, in the order of `expert_ids`."""
+    """What each chosen routed expert adds to the residual stream, in the order of `expert_ids`."""
     assert layer.experts is not None
-    ids, acts = here["expert_ids"].long(), here["expert_acts"]
-    out = acts.new_empty(*ids.shape, layer.out_proj.out_features)
-    for expert in ids.unique().tolist():
-        chosen = ids == expert
-        out[chosen] = acts[chosen] @ expert_down(layer.experts, expert).T
-    return out * here["expert_weights"].unsqueeze(-1)
+    experts, ids, acts = layer.experts.module, here["expert_ids"].long(), here["expert_acts"]
+    out = acts.new_empty(*ids.shape, here["resid_pre"].shape[-1])
+    with weights_of(experts):
+        for expert in ids.unique().tolist():
+            chosen = ids == expert
+            out[chosen] = acts[chosen] @ expert_down(experts, expert).T
+            if experts.has_bias:
+                out[chosen] += cast(Tensor, experts.down_proj_bias)[expert]
+    vectors = out * here["expert_weights"].unsqueeze(-1)
+    return layer.experts.path.carry(vectors, here.get("experts_scale"))
 
 
 def shared_contribution(layer: Layer, here: Mapping[str, Tensor], i: int) -> Float[Tensor, "n d_model"]:
-    """Gate x output of shared expert i."""
-    return layer.shared[i].down(here[f"shared.{i}.acts"]) * here[f"shared.{i}.gate"].unsqueeze(-1)
+    """What shared expert i adds to the residual stream."""
+    shared = layer.shared[i]
+    out = shared.down(here[f"shared.{i}.acts"]) * here[f"shared.{i}.gate"].unsqueeze(-1)
+    return shared.path.carry(out, here.get(f"shared.{i}.scale"))
 
 
-def _layer(index: int, block: nn.Module, hidden: int) -> Layer:
-    norms = [module for module in block.children() if _is_norm(module, hidden)]
-    parts = [module for module in block.children() if module not in norms and any(True for _ in module.parameters())]
-    if len(norms) != 2 or len(parts) != 2:
-        raise AnatomyError(
-            f"layer {index}: {len(parts)} blocks and {len(norms)} norms found; only pre-norm layers of an"
-            " attention block and an FFN block, each with one norm before it, are understood"
-        )
-    attention, ffn = parts
-    out_proj = _last_linear(attention, hidden, f"layer {index}: attention")
-    head_dim = getattr(attention, "head_dim", None)
-    if not isinstance(head_dim, int) or out_proj.in_features % head_dim:
-        raise AnatomyError(f"layer {index}: the size of an attention head cannot be told (head_dim is {head_dim})")
-    common = (index, block, attention, out_proj, head_dim, norms[1], ffn)
-    experts = [
-        module for module in ffn.modules() if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
-    ]
-    if not experts:
-        return Layer(*common, _last_linear(ffn, hidden, f"layer {index}: FFN"), None, None, ())
-    if len(experts) > 1:
-        raise AnatomyError(f"layer {index}: {len(experts)} modules of routed experts found, one is needed")
-    return Layer(*common, None, experts[0], *_around_experts(index, ffn, experts[0], hidden))
-
-
-def _around_experts(
-    index: int, ffn: nn.Module, experts: nn.Module, hidden: int
-) -> tuple[nn.Module, tuple[Shared, ...]]:
-    """The router and the shared experts of an MoE FFN, beside its module of routed experts."""
-    if experts.has_bias or experts.has_post_expert_norm or not experts.has_gate:
-        raise AnatomyError(f"layer {index}: experts with biases, a norm of their own or no gate are not understood")
-    siblings = [module for module in ffn.children() if module is not experts]
-    n_experts = len(cast(Tensor, experts.down_proj))
-    routers = [m for m in siblings if any(p.shape[:1] == (n_experts,) for p in m.parameters())]
-    if len(routers) != 1:
-        raise AnatomyError(f"layer {index}: {len(routers)} routers for {n_experts} experts found, one is needed")
-    modules = [m for m in siblings if not isinstance(m, nn.Linear) and any(_linears(m, hidden))]
-    gates: list[nn.Linear | None] = [m for m in siblings if isinstance(m, nn.Linear) and m.out_features == 1]
-    if gates and len(gates) != len(modules):
-        raise AnatomyError(f"layer {index}: {len(gates)} gates for {len(modules)} shared experts found")
-    downs = [_last_linear(module, hidden, f"layer {index}: shared expert") for module in modules]
-    return routers[0], tuple(map(Shared, modules, downs, gates or [None] * len(modules)))
-
-
-def _is_norm(module: nn.Module, hidden: int) -> bool:
-    return [tuple(p.shape) for p in module.parameters()] == [(hidden,)]
-
-
-def _linears(module: nn.Module, out_features: int) -> Iterator[nn.Linear]:
-    return (m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features == out_features)
-
-
-def _last_linear(module: nn.Module, hidden: int, where: str) -> nn.Linear:
-    """The output projection: of the linear maps onto the residual stream, the one that is defined last."""
-    found = list(_linears(module, hidden))
-    if not found:
-        raise AnatomyError(f"{where}: no linear map onto the residual stream found")
-    return found[-1]
+def ffn_output(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n d_model"]:
+    """What the FFN adds to the residual stream: its neurons, or all routed and shared experts."""
+    total = torch.zeros_like(here["resid_pre"])
+    if layer.dense is not None:
+        total = layer.dense.path.carry(layer.dense.down(here["acts"]), here.get("dense_scale"))
+    if layer.experts is not None:
+        total = expert_contributions(layer, here).sum(1)
+    for i in range(len(layer.shared)):
+        total = total + shared_contribution(layer, here, i)
+    for i, (_, path) in enumerate(layer.whole_ffn):
+        total = total + path.carry(here[f"whole.{i}.out"], here.get(f"whole.{i}.scale"))
+    return total

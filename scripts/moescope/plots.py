@@ -188,10 +188,14 @@ def draw(figure: str, tables: Tables, models: Sequence[str], note: str, path: Pa
         )
 
 
-def note(table: pd.DataFrame, confidence: float, bootstrap_draws: int, seed: int, toy: bool) -> str:
-    """What every figure says below it: prompts, subjects, interval, seed, and whether the models are toys."""
+def note(
+    table: pd.DataFrame, confidence: float, bootstrap_draws: int, seed: int, models: Sequence[str], toys: Sequence[str]
+) -> str:
+    """What every figure says below it: prompts, subjects, interval, seed, and which of the models are toys."""
     n, subjects = table["prompts"].max(), table["subjects"].max()
-    what = "Toy-sized models trained on these facts: findings about toy models.\n" if toy else ""
+    found = [model for model in models if model in toys]
+    which = "" if len(found) == len(models) else f" ({', '.join(found)})"
+    what = f"Toy-sized models trained on these facts{which}: findings about toy models.\n" if found else ""
     return (
         f"{what}{n:,} prompts about {subjects:,} subjects; intervals: {confidence:.0%} bootstrap over subjects,"
         f" {bootstrap_draws:,} draws, seed {seed}."

@@ -1,13 +1,15 @@
 """Result tables: means with clustered bootstrap intervals, from the tables of each data set and model.
 
 Every table says for each row how many prompts and subjects it rests on. Gains and LPI are in nats.
-`task` is "all" or one task; intervals are percentile intervals over resampled subjects.
+`task` is "all" or one task; intervals are percentile intervals over resampled subjects. Layers may differ:
+a layer without routed experts, or whose heads are not told apart, has no rows of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -15,10 +17,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from moescope.published import Published, blocked_mrr, numbers
 from moescope.stats import cluster_bootstrap, hits, interval, reciprocal, two_change_points
 
 Runs = Mapping[tuple[str, str], Mapping[str, pd.DataFrame]]
 """The tables of each (data set, model), by kind."""
+
+PRECISION = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
+"""Largest relative rounding error of each dtype."""
 
 METRICS = ("hit_at_10", "mrr", "ffn_gain", "attention_gain", "peak_position", "layer_efficiency")
 
@@ -106,10 +112,12 @@ def heads(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     """Mean LPI of each head: dataset, model, layer, head, estimate, low, high, prompts, subjects."""
     frames = []
     for (dataset, model), run in runs.items():
+        if run["heads"].empty:
+            continue
         wide = run["heads"].pivot(index="prompt_id", columns=["layer", "head"], values="lpi")
         summary = _column_summary(wide, run["prompts"], bootstrap)
         frames.append(_labelled(summary, run["prompts"], dataset=dataset, model=model))
-    return pd.concat(frames, ignore_index=True)
+    return _together(frames, "dataset model layer head estimate low high prompts subjects")
 
 
 def experts(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -122,11 +130,34 @@ def experts(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     for (dataset, model), run in runs.items():
         table = run["experts"]
         for task, scope in _tasks(run["prompts"]) if len(table) else ():
-            wide = table.pivot(index="prompt_id", columns=["layer", "expert"], values="lpi").loc[scope["prompt_id"]]
+            wide = table.pivot(index="prompt_id", columns=["layer", "expert"], values="lpi")
+            wide = wide.reindex(scope["prompt_id"])
             used = wide.notna().mean().rename("used").reset_index()
             summary = _column_summary(wide.fillna(0), scope, bootstrap).merge(used)
             frames.append(_labelled(summary, scope, dataset=dataset, model=model, task=task))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return _together(frames, "dataset model task layer expert estimate low high used prompts subjects")
+
+
+def near_ties(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
+    """How many choices of experts are near ties, which the rounding of a dtype could turn.
+
+    One row for each data set, model and MoE layer. Columns: median_margin (of capture.margins at the readout
+    position); for each dtype the prompts whose margin is below its relative precision at the readout position, and
+    (`_anywhere`) at some position of the prompt; prompts, subjects. Counts are exact, and of this run's own dtype.
+    """
+    rows = []
+    for (dataset, model), run in runs.items():
+        subjects = run["prompts"].set_index("prompt_id")["subject"]
+        for layer, margins in run["margins"].groupby("layer"):
+            row = {"dataset": dataset, "model": model, "layer": layer, "median_margin": margins["margin"].median()}
+            for dtype, precision in PRECISION.items():
+                row[dtype] = int((margins["margin"] < precision).sum())
+                row[f"{dtype}_anywhere"] = int((margins["smallest"] < precision).sum())
+            scope = subjects.loc[margins["prompt_id"]]
+            rows.append(row | {"prompts": len(scope), "subjects": scope.nunique()})
+    columns = [name for dtype in PRECISION for name in (dtype, f"{dtype}_anywhere")]
+    keys = ["dataset", "model", "layer", "median_margin", *columns, "prompts", "subjects"]
+    return pd.DataFrame(rows, columns=keys)
 
 
 def blocking(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -135,27 +166,27 @@ def blocking(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     One row for each data set, model, scope (all prompts, a task or a relation) and n_blocked. Columns, for
     HIT@10 and MRR: clean; blocked with low and high; random (mean of the draws) with random_low and
     random_high (interval over the draws); drop = clean - blocked with drop_low and drop_high; and
-    draws_as_low: share of the random draws with a mean at most that of the blocked experts.
+    draws_as_low: share of the random draws with a mean at most that of the blocked experts. A row rests on the
+    prompts that were measured with n_blocked experts blocked and on the draws that all of them have; without a
+    draw, what is said of draws is NaN.
     """
     rows = []
     for (dataset, model), run in runs.items():
         clean = run["prompts"].set_index("prompt_id")["rank"]
         for n, sets in run["blocking"].groupby("n_blocked"):
             wide = sets.pivot(index="prompt_id", columns="draw", values="rank")
-            for kind, name, scope in _scopes(run["prompts"]):
-                ids = scope["prompt_id"]
+            measured = run["prompts"][run["prompts"]["prompt_id"].isin(wide.index[wide[-1].notna()])]
+            for kind, name, scope in _scopes(measured):
+                after = wide.loc[scope["prompt_id"]].dropna(axis=1)
                 row = {"dataset": dataset, "model": model, "scope": kind, "name": name, "n_blocked": n}
                 for metric, value in (("hit_at_10", hits), ("mrr", reciprocal)):
-                    before, after = value(clean.loc[ids].to_numpy()), value(wide.loc[ids].to_numpy())
-                    means = bootstrap.means(np.column_stack([before, after[:, 0]]), scope["subject"])
-                    random = after[:, 1:].mean(0)
-                    low, high = interval(random, bootstrap.confidence)
+                    before, scores = value(clean.loc[after.index].to_numpy()), value(after.to_numpy())
+                    means = bootstrap.means(np.column_stack([before, scores[:, 0]]), scope["subject"])
                     row |= {f"{metric}_clean": before.mean()}
                     row |= _prefixed(f"{metric}_blocked", bootstrap.summary(means[:, 1]))
                     row |= _prefixed(f"{metric}_drop", bootstrap.summary(means[:, 0] - means[:, 1]))
-                    row |= _prefixed(f"{metric}_random", {"estimate": random.mean(), "low": low, "high": high})
-                    row[f"{metric}_draws_as_low"] = np.mean(random <= after[:, 0].mean())
-                rows.append(row | {"draws": wide.shape[1] - 1} | _counts(scope))
+                    row |= _random(metric, scores.mean(0), bootstrap.confidence)
+                rows.append(row | {"draws": after.shape[1] - 1} | _counts(scope))
     return pd.DataFrame(rows)
 
 
@@ -234,6 +265,20 @@ def _counts(prompts: pd.DataFrame) -> dict[str, int]:
     return {"prompts": len(prompts), "subjects": prompts["subject"].nunique()}
 
 
+def _random(metric: str, found: Float[np.ndarray, " 1+draws"], confidence: float) -> dict[str, float]:
+    """Mean and interval of a metric over the random draws, found[1:], and the share of them at most found[0]."""
+    blocked, draws = found[0], found[1:]
+    low, high = interval(draws, confidence) if len(draws) else (np.nan, np.nan)
+    mean, as_low = (draws.mean(), np.mean(draws <= blocked)) if len(draws) else (np.nan, np.nan)
+    summary = _prefixed(f"{metric}_random", {"estimate": mean, "low": low, "high": high})
+    return summary | {f"{metric}_draws_as_low": float(as_low)}
+
+
+def _together(frames: Sequence[pd.DataFrame], columns: str) -> pd.DataFrame:
+    """All rows; without any, an empty table of these columns."""
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns.split())
+
+
 def _prefixed(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
     return {name: summary["estimate"], f"{name}_low": summary["low"], f"{name}_high": summary["high"]}
 
@@ -248,14 +293,70 @@ SUMMARIES: Mapping[str, Callable[[Runs, Bootstrap], pd.DataFrame]] = {
     "stages": stages,
     "heads": heads,
     "experts": experts,
+    "near_ties": near_ties,
     "blocking": blocking,
     "keep_only": keep_only,
 }
 
 
+def _table_1(row: Any, models: Mapping[str, Published]) -> float:
+    if row.task != "all" or not {row.model, row.minus or row.model} <= models.keys():
+        return np.nan
+    subtracted = models[row.minus].efficiency[row.metric] if row.minus else 0.0
+    return models[row.model].efficiency[row.metric] - subtracted
+
+
+def _table_2(column: int, row: Any, models: Mapping[str, Published]) -> float:
+    if row.task != "all" or row.model not in models:
+        return np.nan
+    return models[row.model].keep_only.get((row.shared, row.routed), (np.nan, np.nan))[column]
+
+
+def _table_5(column: int, row: Any, models: Mapping[str, Published]) -> float:
+    if row.scope != "relation" or row.model not in models:
+        return np.nan
+    return (blocked_mrr(models[row.model], row.name, row.n_blocked) or (np.nan, np.nan))[column]
+
+
+BESIDE: Mapping[str, Mapping[str, Callable[[Any, Mapping[str, Published]], float]]] = {
+    "efficiency": {"estimate": _table_1},
+    "keep_only": {"hit_at_10": partial(_table_2, 0), "mrr": partial(_table_2, 1)},
+    "blocking": {"mrr_clean": partial(_table_5, 0), "mrr_blocked": partial(_table_5, 1)},
+}
+"""Which columns of which table have a published counterpart, and where it stands."""
+
+
+def beside_published(name: str, table: pd.DataFrame, published: Mapping[str, str]) -> pd.DataFrame:
+    """A result table with the paper's numbers beside ours (published.py); `published`: our model -> its name there.
+
+    Columns added, in the unit of the number beside them, NaN where the paper prints nothing:
+
+    - efficiency: published and difference (estimate - published), for task "all". In a difference of two
+      models the published number is theirs, from the rounded numbers of both.
+    - keep_only: {hit_at_10, mrr}_published and _difference, for task "all".
+    - blocking: {mrr_clean, mrr_blocked}_published and _difference, for the relations of the paper's Table 5.
+
+    If the paper prints nothing for any row, nothing is added. The paper's prompts come from the LRE files: on
+    other prompts a difference is one of facts and wordings too, and of the relations that "all" stands for.
+    Raises ValueError for a name that published.py does not know.
+    """
+    models = {model: numbers(paper) for model, paper in published.items()}
+    for column, look_up in BESIDE.get(name, {}).items():
+        found = pd.Series([look_up(row, models) for row in table.itertuples()], index=table.index, dtype=float)
+        if found.notna().any():
+            prefix = "" if column == "estimate" else f"{column}_"
+            table = table.assign(**{f"{prefix}published": found, f"{prefix}difference": table[column] - found})
+    return table
+
+
 def tables(
-    names: Sequence[str], runs: Runs, partners: Mapping[str, str], bootstrap: Bootstrap
+    names: Sequence[str],
+    runs: Runs,
+    partners: Mapping[str, str],
+    bootstrap: Bootstrap,
+    published: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The named tables, one by one."""
+    """The named tables, one by one; `published`: our model -> its name in published.py, for models that have one."""
     for name in names:
-        yield name, efficiency(runs, partners, bootstrap) if name == "efficiency" else SUMMARIES[name](runs, bootstrap)
+        table = efficiency(runs, partners, bootstrap) if name == "efficiency" else SUMMARIES[name](runs, bootstrap)
+        yield name, beside_published(name, table, published or {})

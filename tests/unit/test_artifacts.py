@@ -6,6 +6,8 @@ import torch
 
 from moescope import artifacts
 
+from conftest import write_tensors
+
 TABLE = pd.DataFrame({"a": [1, 2, 3], "b": [[1], [2, 3], []]})
 
 
@@ -29,7 +31,7 @@ def test_a_table_comes_back_with_its_provenance(tmp_path):
 
 def test_tensors_come_back_bit_for_bit_in_their_own_dtype(tmp_path):
     tensors = {"x": torch.randn(3, 4).bfloat16(), "y": torch.arange(6, dtype=torch.int16).reshape(2, 3).T}
-    artifacts.write_tensors(tensors, tmp_path / "t.safetensors", "activations", {})
+    write_tensors(tensors, tmp_path / "t.safetensors")
     with artifacts.open_tensors(tmp_path / "t.safetensors", "activations") as back:
         for name, tensor in tensors.items():
             assert torch.equal(back.get_tensor(name), tensor)
@@ -65,7 +67,7 @@ def test_a_reader_of_the_old_file_never_sees_a_half_new_one(tmp_path):
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"hello" + b[5:]])
 def test_damaged_files_are_named_and_refused(tmp_path, damage):
     artifacts.write_table(TABLE, tmp_path / "t.parquet", "table", {})
-    artifacts.write_tensors({"x": torch.ones(9)}, tmp_path / "t.safetensors", "activations", {})
+    write_tensors({"x": torch.ones(9)}, tmp_path / "t.safetensors")
     for path in tmp_path.iterdir():
         path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(artifacts.ArtifactError, match=r"t.parquet: .* delete it and run again"):
@@ -96,3 +98,27 @@ def test_foreign_unknown_and_newer_files_are_refused(tmp_path):
 def test_csv_has_six_digits_and_no_index(tmp_path):
     artifacts.write_csv(pd.DataFrame({"x": [1 / 3], "n": [7]}), tmp_path / "t.csv")
     assert (tmp_path / "t.csv").read_text() == "x,n\n0.333333,7\n"
+
+
+def test_tensors_written_in_batches_are_those_written_at_once(tmp_path):
+    tensors = {"x": torch.randn(7, 3, 2), "n": torch.arange(7, dtype=torch.int16), "h": torch.randn(7, 5).bfloat16()}
+    write_tensors(tensors, tmp_path / "once.safetensors", made_by={"a": 1})
+    with artifacts.writing_tensors(tmp_path / "batches.safetensors", "activations", 7) as file:
+        for rows in (slice(5, 7), slice(0, 3), slice(3, 5)):
+            file.put(rows.start, {name: tensor[rows] for name, tensor in tensors.items()})
+        file.made_by = {"a": 1}
+    assert (tmp_path / "once.safetensors").read_bytes() == (tmp_path / "batches.safetensors").read_bytes()
+    from safetensors.torch import load_file
+
+    for name, tensor in load_file(tmp_path / "once.safetensors").items():
+        assert torch.equal(tensor, tensors[name])
+
+
+def test_a_file_with_missing_rows_does_not_appear(tmp_path):
+    def write():
+        with artifacts.writing_tensors(tmp_path / "t.safetensors", "activations", 7) as file:
+            file.put(0, {"x": torch.ones(6)})
+
+    with pytest.raises(artifacts.ArtifactError, match="6 of 7 rows were written"):
+        write()
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,10 @@
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moescope import facts
 
@@ -113,34 +117,62 @@ def test_n_prompts_is_the_length_of_the_selection(fact_folder):
         assert facts.n_prompts(relations, templates) == len(facts.select(table, templates))
 
 
-def test_targets_are_the_tokens_that_follow_in_context(tokenizer, prompts):
-    tokens, dropped = facts.tokenise(tokenizer, prompts)
-    assert not len(dropped)
-    for row in tokens.itertuples():
-        assert tokenizer.decode(row.token_ids).strip() == row.prompt
-        for accepted, answer in zip(row.accepted_ids, row.objects):
-            assert f" {answer}".startswith(tokenizer.decode([accepted]))
-        subject = tokenizer.decode(row.token_ids[row.subject_start : row.subject_end])
-        assert subject.strip() == row.subject
-        assert row.length == len(row.token_ids)
+def test_the_subjects_place_is_that_of_the_slot():
+    fact = facts.Fact("land", ("Iceland",), 1)
+    templates = ("The island of {} is", "{} is the island", "In the land {} is", "{}")
+    table = facts.prompt_table([facts.Relation("r", "geography", templates, (fact,), Path("r.yaml"))])
+    assert table["subject_at"].tolist() == [14, 0, 12, 0]
+    assert table.columns[-1] == "subject_at"
+    assert (table["subject_at"].dtype, table["template_id"].dtype) == ("int32", "int16")
 
 
-def test_an_object_that_changes_the_prompts_tokens_is_dropped_and_counted(prompts):
-    """A tokenizer that merges across the space before the object makes the prompt's own tokens change."""
-    from tokenizers import Tokenizer, models, trainers
-    from transformers import PreTrainedTokenizerFast
+def ranked(ranks):
+    return pd.DataFrame({"prompt_id": range(len(ranks)), "rank": ranks}, index=range(5, 5 + len(ranks)))
 
-    raw = Tokenizer(models.BPE())
-    texts = [f"{p} {o[0]}" for p, o in zip(prompts["prompt"], prompts["objects"])]
-    raw.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, show_progress=False))
-    merging = PreTrainedTokenizerFast(tokenizer_object=raw)
-    tokens, dropped = facts.tokenise(merging, prompts)
-    assert len(dropped)
-    assert len(tokens) + len(dropped) == len(prompts)
-    assert dropped["reason"].str.contains("the tokens of the prompt change when").all()
-    for row in tokens.itertuples():
-        full = merging(f"{row.prompt} {row.objects[0]}")["input_ids"]
-        assert full[: row.length] == row.token_ids
+
+@given(st.lists(st.integers(1, 50_000), min_size=1), st.integers(1, 100))
+def test_known_prompts_are_those_that_the_model_ranks_high(ranks, rank):
+    prompts = ranked([*ranks, 1])
+    kept, unknown = facts.known(prompts, rank)
+    assert (kept["rank"] <= rank).all()
+    assert sorted([*kept["prompt_id"], *unknown["prompt_id"]]) == list(prompts["prompt_id"])
+    reasons = [f"rank {found} in the clean run, more than {rank}" for found in ranks if found > rank]
+    assert unknown["reason"].tolist() == reasons
+
+
+def test_rank_0_keeps_every_prompt():
+    kept, unknown = facts.known(ranked([3, 40_000]), 0)
+    assert kept["rank"].tolist() == [3, 40_000]
+    assert "reason" in unknown
+    assert not len(unknown)
+
+
+def test_a_model_that_knows_nothing_is_a_sentence():
+    with pytest.raises(facts.FactsError) as caught:
+        facts.known(ranked([37, 12]), 10)
+    assert caught.value.errors == [
+        "no prompt has rank 10 or better, the best of 2 is 12; allow a higher rank, or 0 for all prompts"
+    ]
+    with pytest.raises(facts.FactsError, match="there is no prompt"):
+        facts.known(ranked([]), 0)
+
+
+ids = st.lists(st.integers(0, 99), min_size=1, max_size=5)
+
+
+@given(st.lists(st.tuples(ids, ids), min_size=1, max_size=5))
+def test_steps_force_one_answer_token_after_the_other(pairs):
+    prompts = pd.DataFrame(
+        [(7 + i, np.array(prompt), np.array(targets)) for i, (prompt, targets) in enumerate(pairs)],
+        columns=["prompt_id", "token_ids", "target_ids"],
+    )
+    table = facts.steps(prompts)
+    assert len(table) == sum(len(targets) for _, targets in pairs)
+    for row in table.itertuples():
+        prompt, targets = pairs[row.prompt_id - 7]
+        assert row.token_ids == prompt + targets[: row.step]
+        assert (row.length, row.target_id) == (len(row.token_ids), targets[row.step])
+    assert table.dtypes[["prompt_id", "step", "length", "target_id"]].tolist() == ["int32", "int16", "int16", "int32"]
 
 
 def test_the_shipped_facts_are_sound():

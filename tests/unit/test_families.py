@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moescope import capture, models
+from moescope import anatomy, capture, models
 
 SMALL = {
     "vocab_size": 100,
@@ -42,7 +42,7 @@ def test_the_parts_of_other_families_add_up(name):
     model = tiny(name)
     # Norm gains of 1 (or 0, where the gain is the parameter plus 1) would hide a wrong gain.
     torch.nn.init.uniform_(next(model.model.norm.parameters()), 0.5, 1.5)
-    parts = models.anatomy(model)
+    parts = anatomy.find(model)
     ids = torch.arange(3, 27).reshape(4, 6)
     with torch.no_grad():
         found, logits = capture.record(model, parts, ids)
@@ -58,7 +58,7 @@ def test_families_that_are_not_understood_are_refused_with_a_sentence(name):
     ids = torch.arange(3, 27).reshape(4, 6)
 
     def use():
-        parts = models.anatomy(model)
+        parts = anatomy.find(model)
         with torch.no_grad():
             capture.verify(model, parts, ids, *capture.record(model, parts, ids))
 

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope import ablations, artifacts, attribution, capture, models
+from moescope import ablations, anatomy, attribution, capture
 from moescope.intervene import block_experts, intervene, keep_top
 from moescope.toy import Shape
 from moescope.toy import build as build_toy
 
-from conftest import MOE_SHAPES, SHAPES
+from conftest import MOE_SHAPES, SHAPES, write_tensors
 
 every_moe = pytest.mark.parametrize("name", MOE_SHAPES)
 
@@ -39,13 +39,13 @@ def marks(parts, rows, blocked=(), everything=False):
 @every_moe
 def test_blocking_nothing_or_an_unused_expert_changes_no_bit(build, ids, name):
     model = build(name)
-    parts = models.anatomy(model)
+    parts = anatomy.find(model)
     clean = logits_of(model, ids)
     with intervene(parts, gate_weights=block_experts(marks(parts, len(ids)))):
         assert torch.equal(logits_of(model, ids), clean)
     many = {**MOE_SHAPES[name], "experts": 64}
     model = build_toy(Shape(architecture=name, hidden=32, heads=4, kv_heads=2, **many), model.config.vocab_size, seed=1)
-    parts = models.anatomy(model.eval())
+    parts = anatomy.find(model.eval())
     with torch.inference_mode():
         found, _ = capture.record(model, parts, ids)
     unused = [(i, int(e)) for i in range(3) for e in (found[f"{i}.expert_load"].sum(0) == 0).nonzero().flatten()]
@@ -61,7 +61,7 @@ def test_blocking_nothing_or_an_unused_expert_changes_no_bit(build, ids, name):
 @every_moe
 def test_blocking_everything_equals_removing_the_ffn(build, ids, name):
     model = build(name)
-    parts = models.anatomy(model)
+    parts = anatomy.find(model)
     with intervene(parts, gate_weights=block_experts(marks(parts, len(ids), everything=True)), shared_experts=False):
         blocked = logits_of(model, ids)
     with intervene(parts, ffn=False):
@@ -80,7 +80,7 @@ def test_ffns_of_dense_models_are_removed_too(build, ids, name):
     without = copy.deepcopy(model)
     for layer in without.model.layers:
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    with intervene(models.anatomy(model), ffn=False):
+    with intervene(anatomy.find(model), ffn=False):
         torch.testing.assert_close(logits_of(model, ids), logits_of(without, ids), rtol=1e-5, atol=1e-6)
 
 
@@ -88,7 +88,7 @@ def test_ffns_of_dense_models_are_removed_too(build, ids, name):
 def test_blocking_equals_zeroing_the_experts_own_weights(build, ids, name):
     """Each row of a batch has experts of its own blocked; the reference edits a copy of the model."""
     model = build(name)
-    parts = models.anatomy(model)
+    parts = anatomy.find(model)
     sets = [[(0, 0)], [(1, 2), (2, 1)], [], [(0, 1), (0, 2), (0, 3)]]
     mark = marks(parts, len(ids))
     for row in range(len(ids)):
@@ -107,7 +107,7 @@ def test_blocking_equals_zeroing_the_experts_own_weights(build, ids, name):
 @every_moe
 def test_keeping_all_is_clean_and_keeping_one_is_the_router_with_one(build, ids, name):
     model = build(name)
-    parts = models.anatomy(model)
+    parts = anatomy.find(model)
     k = model.config.num_experts_per_tok
     with intervene(parts, gate_weights=keep_top(k)):
         kept_all = logits_of(model, ids)
@@ -127,13 +127,13 @@ def test_shared_experts_are_zeroed_alone(build, ids):
     edited = copy.deepcopy(model)
     for layer in edited.model.layers:
         torch.nn.init.zeros_(layer.mlp.shared_expert.down_proj.weight)
-    with intervene(models.anatomy(model), shared_experts=False):
+    with intervene(anatomy.find(model), shared_experts=False):
         torch.testing.assert_close(logits_of(model, ids), logits_of(edited, ids), rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_left_after_an_exception_and_blocks_nest(build, ids):
     model = build("qwen2_moe")
-    parts = models.anatomy(model)
+    parts = anatomy.find(model)
     clean = logits_of(model, ids)
     with pytest.raises(KeyError), intervene(parts, ffn=False):
         raise KeyError
@@ -150,10 +150,10 @@ def test_nothing_is_left_after_an_exception_and_blocks_nest(build, ids):
 def run(build, tokens, tmp_path):
     def of(name):
         model = build(name)
-        parts = models.anatomy(model)
-        tensors, table, _ = capture.capture(model, parts, tokens, 64)
-        artifacts.write_tensors(tensors, tmp_path / "0.safetensors", "activations", {})
-        _, _, experts = attribution.attribute(parts, [tmp_path / "0.safetensors"], table)
+        parts = anatomy.find(model)
+        tensors, table, _ = capture.in_memory(model, parts, tokens, 64)
+        write_tensors(tensors, tmp_path / "0.safetensors")
+        _, _, experts, _ = attribution.attribute(parts, [tmp_path / "0.safetensors"], table)
         table = table.sort_values("prompt_id", ignore_index=True)
         load = ablations.expert_load(parts, [tmp_path / "0.safetensors"], table)
         return model, parts, table, experts, load

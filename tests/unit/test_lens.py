@@ -4,16 +4,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope import artifacts, attribution, capture, lens, models
+from moescope import anatomy, attribution, capture, lens
 
-from conftest import MOE_SHAPES, SHAPES
+from conftest import MOE_SHAPES, SHAPES, write_tensors
 
 
 def cached(build, tokens, name, folder):
     model = build(name)
-    parts = models.anatomy(model)
-    tensors, table, _ = capture.capture(model, parts, tokens, 64)
-    artifacts.write_tensors(tensors, folder / f"{name}.safetensors", "activations", {})
+    parts = anatomy.find(model)
+    tensors, table, _ = capture.in_memory(model, parts, tokens, 64)
+    write_tensors(tensors, folder / f"{name}.safetensors")
     return model, parts, tensors, table
 
 
@@ -31,7 +31,7 @@ def test_lpi_equals_a_direct_computation_with_the_models_own_norm_and_unembeddin
     target = torch.tensor(table["target_id"].to_numpy(), dtype=torch.long)
     scale = tensors["norm_scale"]
     with torch.inference_mode():
-        layers, heads, experts = attribution.attribute(parts, [tmp_path / f"{name}.safetensors"], table)
+        layers, heads, experts, _ = attribution.attribute(parts, [tmp_path / f"{name}.safetensors"], table)
         for layer in parts.layers:
             here = {k.removeprefix(f"{layer.index}."): v for k, v in tensors.items() if k.startswith(f"{layer.index}.")}
             before, middle = here["resid_pre"], here["resid_mid"]
@@ -46,7 +46,7 @@ def test_lpi_equals_a_direct_computation_with_the_models_own_norm_and_unembeddin
                 # Independent of the slicing: the projection itself, with the other heads' input zeroed.
                 alone = torch.zeros_like(here["head_in"])
                 alone[:, head] = here["head_in"][:, head]
-                state = before + layer.out_proj(alone.flatten(1))
+                state = before + layer.attention.out_proj(alone.flatten(1))
                 expected = direct(model, state, scale, target) - direct(model, before, scale, target)
                 found = rows[rows["head"] == head].set_index("prompt_id").loc[table["prompt_id"], "lpi"]
                 np.testing.assert_allclose(found, expected, atol=2e-5)
@@ -56,15 +56,19 @@ def test_lpi_equals_a_direct_computation_with_the_models_own_norm_and_unembeddin
 
 def check_experts(model, layer, here, experts, scale, target, table):
     middle = here["resid_mid"]
-    normed = layer.ffn_norm(middle)
+    normed = layer.middle(middle)
     vectors = {}
     for slot in range(here["expert_ids"].shape[1]):
         chosen = here["expert_ids"][:, slot : slot + 1].long()
         weight = here["expert_weights"][:, slot : slot + 1]
-        vectors[slot] = chosen[:, 0].numpy(), layer.experts(normed, chosen, weight), weight[:, 0]
+        vectors[slot] = chosen[:, 0].numpy(), layer.experts.module(normed, chosen, weight), weight[:, 0]
     for i, shared in enumerate(layer.shared):
         gate = shared.gate(normed).sigmoid()
-        vectors[-1 - i] = np.full(len(middle), -1 - i), gate * shared.module(normed), gate[:, 0]
+        vectors[-1 - i] = (
+            np.full(len(middle), -1 - i),
+            gate * model.model.layers[layer.index].mlp.shared_expert(normed),
+            gate[:, 0],
+        )
     rows = experts[experts["layer"] == layer.index]
     assert len(rows) == len(vectors) * len(middle)
     rows = rows.set_index(["prompt_id", "expert"])
@@ -78,7 +82,7 @@ def check_experts(model, layer, here, experts, scale, target, table):
 @pytest.mark.parametrize("name", SHAPES)
 def test_gains_of_all_layers_lead_from_the_embedding_to_the_clean_log_probability(build, tokens, tmp_path, name):
     model, parts, tensors, table = cached(build, tokens, name, tmp_path)
-    layers, _, _ = attribution.attribute(parts, [tmp_path / f"{name}.safetensors"], table)
+    layers, _, _, _ = attribution.attribute(parts, [tmp_path / f"{name}.safetensors"], table)
     total = layers.groupby("prompt_id")[["attention", "ffn"]].sum().sum(axis=1).loc[table["prompt_id"]]
     target = torch.tensor(table["target_id"].to_numpy(), dtype=torch.long)
     with torch.inference_mode():
@@ -86,14 +90,14 @@ def test_gains_of_all_layers_lead_from_the_embedding_to_the_clean_log_probabilit
     np.testing.assert_allclose(total, table["log_prob"] - start.numpy(), atol=5e-5)
 
 
-def test_attribution_needs_no_forward_pass_and_no_order(build, tokens, tmp_path):
-    """Two shards give what one gives, and a model that cannot run forward is attributed all the same."""
+def test_attribution_runs_nothing_forward_and_needs_no_order(build, tokens, tmp_path):
+    """Two shards give what one gives, from a model that cannot run forward once its parts are found."""
     model, parts, tensors, table = cached(build, tokens, "olmoe", tmp_path)
     whole = attribution.attribute(parts, [tmp_path / "olmoe.safetensors"], table)
     paths = []
     for i, rows in enumerate(np.array_split(np.arange(len(table)), 2)):
         paths.append(tmp_path / f"{i}.safetensors")
-        artifacts.write_tensors({k: t[rows] for k, t in tensors.items()}, paths[-1], "activations", {})
+        write_tensors({k: t[rows] for k, t in tensors.items()}, paths[-1])
     handle = model.register_forward_pre_hook(lambda *args: pytest.fail("a forward pass was run"))
     try:
         split = attribution.attribute(parts, paths[::-1], table)

@@ -1,7 +1,9 @@
 """The forward pass: prompts with their clean scores, and the activation cache.
 
 INPUT   results/{dataset}/dataset.parquet, results/models/{model}/
-OUTPUT  results/{dataset}/{model}/prompts.parquet                    prompts, targets, clean rank and log-probability
+OUTPUT  results/{dataset}/{model}/captured.parquet                   prompts, targets, clean rank and log-probability
+        results/{dataset}/{model}/prompts.parquet                    those of them that are analysed
+        results/{dataset}/{model}/unknown.parquet                    the others: prompts that the model does not know
         results/{dataset}/{model}/dropped.parquet                    prompts that cannot be used, with the reason
         results/{dataset}/{model}/activations/{shard}.safetensors    the cache (capture.capture lists its tensors)
         results/{dataset}/{model}/activations/{shard}.parquet        the prompts of a shard, in its order
@@ -32,11 +34,11 @@ rule capture:
     threads: 1
     resources:
         gpu=gpus,
-        mem_mb=memory(2),
+        mem_mb=model_memory,
         runtime=60,
     params:
         code=code("capture.py"),
-        settings=settings("batch_size", "shards", of_dataset=["templates"], of_model=["device"]),
+        settings=settings("batch_size", "shards", of_dataset=["templates", "answer"], load=LOADING),
     script:
         "../../scripts/capture.py"
 
@@ -48,7 +50,7 @@ rule gather_prompts:
         prompts=expand("results/{{dataset}}/{{model}}/activations/{shard}.parquet", shard=SHARDS),
         dropped=expand("results/{{dataset}}/{{model}}/activations/{shard}.dropped.parquet", shard=SHARDS),
     output:
-        prompts="results/{dataset}/{model}/prompts.parquet",
+        prompts="results/{dataset}/{model}/captured.parquet",
         dropped="results/{dataset}/{model}/dropped.parquet",
         index="results/{dataset}/{model}/activations/index.json",
     log:
@@ -66,3 +68,27 @@ rule gather_prompts:
         settings=settings(),
     script:
         "../../scripts/gather_prompts.py"
+
+
+rule filter_known:
+    """Keep the prompts whose target the model ranks well enough in the clean run; by default all."""
+    input:
+        prompts="results/{dataset}/{model}/captured.parquet",
+    output:
+        prompts="results/{dataset}/{model}/prompts.parquet",
+        unknown="results/{dataset}/{model}/unknown.parquet",
+    log:
+        "results/logs/filter_known/{dataset}/{model}.log",
+    benchmark:
+        "results/logs/filter_known/{dataset}/{model}.benchmark.tsv"
+    conda:
+        "../../envs/analysis.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1),
+        runtime=10,
+    params:
+        code=code("filter_known.py"),
+        settings=settings(of_dataset=["known"]),
+    script:
+        "../../scripts/filter_known.py"

@@ -1,7 +1,7 @@
 """Who wrote the answer: log-probability increase of layers, heads and experts.
 
 INPUT   results/{dataset}/{model}/prompts.parquet and activations/, results/models/{model}/ (weights only)
-OUTPUT  results/{dataset}/{model}/attribution/{layers,heads,experts}.parquet   (attribution.attribute)
+OUTPUT  results/{dataset}/{model}/attribution/{layers,heads,experts,margins}.parquet   (attribution.attribute)
 """
 
 
@@ -11,12 +11,12 @@ rule attribution:
             "results/{dataset}/{model}/attribution/{level}.parquet",
             dataset=DATASETS,
             model=MODELS,
-            level=["layers", "heads", "experts"],
+            level=["layers", "heads", "experts", "margins"],
         ),
 
 
 rule attribute:
-    """Attribute the targets from the cache alone; nothing is run forward."""
+    """Attribute the targets from the cache alone; only a few tokens run forward, to find the parts."""
     input:
         prompts="results/{dataset}/{model}/prompts.parquet",
         activations=expand("results/{{dataset}}/{{model}}/activations/{shard}.safetensors", shard=SHARDS),
@@ -25,6 +25,7 @@ rule attribute:
         layers="results/{dataset}/{model}/attribution/layers.parquet",
         heads="results/{dataset}/{model}/attribution/heads.parquet",
         experts="results/{dataset}/{model}/attribution/experts.parquet",
+        margins="results/{dataset}/{model}/attribution/margins.parquet",
     log:
         "results/logs/attribute/{dataset}/{model}.log",
     benchmark:
@@ -33,10 +34,10 @@ rule attribute:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        mem_mb=memory(2),
+        mem_mb=model_memory,
         runtime=60,
     params:
         code=code("attribute.py"),
-        settings=settings(),
+        settings=settings("lens", load=["dtype", "trust_remote_code"]),
     script:
         "../../scripts/attribute.py"

@@ -9,7 +9,8 @@ import yaml
 from snakemake.exceptions import WorkflowError
 
 LIBRARY = (
-    "ablations artifacts attribution capture config facts intervene lens logs models plots stats tables toy __init__"
+    "ablations anatomy artifacts attribution capture checkpoints config facts intervene lens logs miniature models"
+    " plots published sources stats tables toy __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
@@ -19,7 +20,7 @@ for name in LIBRARY:
 sys.path.append(str(SCRIPTS))
 
 from moescope.artifacts import digest
-from moescope.config import CHECKPOINT_FILES, ConfigError, fact_files, is_moe, resolve, yaml_error
+from moescope.config import CHECKPOINT_FILES, ConfigError, is_moe, resolve, source_files, wanted_relations, yaml_error
 from moescope.facts import n_prompts
 
 CONFIG_FILE = "config/config.yaml"
@@ -39,19 +40,27 @@ except ConfigError as error:
 
 MODELS = config["models"]
 DATASETS = {
-    name: dataset | {"n_prompts": n_prompts(RELATIONS[name], dataset["templates"])}
+    name: dataset
+    | {"path": dataset.get("path", ""), "wanted": wanted_relations(dataset)}
+    | {"n_prompts": n_prompts(RELATIONS[name], dataset["templates"]) if name in RELATIONS else 0}
     for name, dataset in config["datasets"].items()
 }
 MOE = [name for name, model in MODELS.items() if is_moe(model)]
-ATTRIBUTION_TABLES = ["efficiency", "stages", "gains", "heads", "experts"]
+TOYS = [name for name, model in MODELS.items() if "toy" in model]
+ATTRIBUTION_TABLES = ["efficiency", "stages", "gains", "heads", "experts", "near_ties"]
 INTERVENTION_TABLES = ["blocking", "keep_only"] if MOE else []
 SHARDS = [str(number) for number in range(config["shards"])]
 
 
+def one_of(names):
+    """A wildcard constraint: just these names, or nothing at all."""
+    return "|".join(names) or "(?!)"
+
+
 wildcard_constraints:
-    dataset="|".join(DATASETS),
-    model="|".join(MODELS),
-    shard="|".join(SHARDS),
+    dataset=one_of(DATASETS),
+    model=one_of(MODELS),
+    shard=one_of(SHARDS),
 
 
 @cache
@@ -64,11 +73,19 @@ def code(script):
     return digest(b"".join(name.encode() + file.read_bytes() for name, file in sorted(files)))
 
 
-def settings(*sections, of_dataset=(), of_model=(), **more):
-    """A params function: all wildcards, `more`, and just those settings that the rule's result depends on."""
+LOADING = ["device", "dtype", "attention_backend", "experts_backend", "max_memory", "trust_remote_code"]
+
+
+def settings(*sections, of_dataset=(), of_model=(), load=(), **more):
+    """A params function: all wildcards, `more`, and just those settings that the rule's result depends on.
+
+    `load` names the arguments of checkpoints.load that come from the model's settings.
+    """
 
     def chosen(wildcards):
         values = dict(wildcards.items()) | more | {key: config[key] for key in sections}
+        if load:
+            values["load"] = {key: MODELS[wildcards.model][key] or None for key in load}
         values |= {key: DATASETS[wildcards.dataset][key] for key in of_dataset}
         return values | {key: MODELS[wildcards.model][key] for key in of_model}
 
@@ -76,18 +93,31 @@ def settings(*sections, of_dataset=(), of_model=(), **more):
 
 
 def model_files(wildcards):
-    """The files that a model is loaded from."""
-    return expand("results/models/{{model}}/{file}", file=CHECKPOINT_FILES)
+    """The files that a model is known by: its description first, and what is trained here."""
+    toy = wildcards.model in TOYS
+    return [f"results/models/{wildcards.model}/{file}" for file in (CHECKPOINT_FILES if toy else CHECKPOINT_FILES[:1])]
 
 
 def gpus(wildcards):
     """GPUs of a job that runs the model forward."""
-    return int(MODELS[wildcards.model]["device"] == "cuda")
+    model = MODELS[wildcards.model]
+    return 0 if model["device"] == "cpu" else model["gpus"]
 
 
 def memory(gigabytes):
     """A resource function: megabytes that grow with every attempt."""
     return lambda wildcards, attempt: int(1000 * gigabytes * attempt)
+
+
+def model_memory(wildcards, attempt):
+    """A resource function: megabytes of a job that loads the model."""
+    return int(1000 * MODELS[wildcards.model]["memory_gb"] * attempt)
+
+
+def n_prompts_of_all():
+    """Prompts of all data sets, 0 if some are only counted when they are read."""
+    counts = [dataset["n_prompts"] for dataset in DATASETS.values()]
+    return sum(counts) if all(counts) else 0
 
 
 def reported_table(name):

@@ -1,7 +1,9 @@
 """Facts to prompts.
 
-INPUT   <folder>/<relation>.yaml               the fact files of the data set
+INPUT   <path>/<relation>.yaml                 the fact files of the data set, or the files of a public one
 OUTPUT  results/{dataset}/dataset.parquet      one row per fact and template (facts.prompt_table)
+        results/{dataset}/reading.json         what was mended in reading, counted
+        results/{dataset}/source.json          of a hub data set: its commit; the files lie beside it in source/
 """
 
 
@@ -10,12 +12,38 @@ rule dataset:
         expand("results/{dataset}/dataset.parquet", dataset=DATASETS),
 
 
+rule fetch_dataset:
+    """Fetch the files of a data set of the hub, once."""
+    output:
+        source="results/{dataset}/source.json",
+    log:
+        "results/logs/fetch_dataset/{dataset}.log",
+    benchmark:
+        "results/logs/fetch_dataset/{dataset}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    wildcard_constraints:
+        dataset=one_of([name for name, dataset in DATASETS.items() if "hub" in dataset]),
+    resources:
+        mem_mb=memory(1),
+        runtime=60,
+    params:
+        code=code("fetch_dataset.py"),
+        settings=settings(of_dataset=["hub", "revision", "files"]),
+    script:
+        "../../scripts/fetch_dataset.py"
+
+
 rule write_dataset:
-    """Check the fact files and fill their templates."""
+    """Check the facts and fill their templates."""
     input:
-        facts=lambda wildcards: fact_files(DATASETS[wildcards.dataset]),
+        facts=lambda wildcards: source_files(
+            DATASETS[wildcards.dataset], Path(f"results/{wildcards.dataset}/source.json")
+        ),
     output:
         table="results/{dataset}/dataset.parquet",
+        reading="results/{dataset}/reading.json",
     log:
         "results/logs/write_dataset/{dataset}.log",
     benchmark:
@@ -28,6 +56,6 @@ rule write_dataset:
         runtime=10,
     params:
         code=code("write_dataset.py"),
-        settings=settings("tasks"),
+        settings=settings("tasks", of_dataset=["format", "path", "columns", "wanted"]),
     script:
         "../../scripts/write_dataset.py"

@@ -55,7 +55,7 @@ for figure, tables in FIGURES.items():
                 of_dataset=["n_prompts"],
                 figure=figure,
                 models=MOE if figure in MOE_FIGURES else list(MODELS),
-                toy=True,
+                toys=TOYS,
             ),
         script:
             "../../scripts/plot.py"

@@ -36,11 +36,11 @@ rule block_experts:
     threads: 1
     resources:
         gpu=gpus,
-        mem_mb=memory(2),
+        mem_mb=model_memory,
         runtime=60,
     params:
         code=code("block_experts.py"),
-        settings=settings("seed", "batch_size", "blocking", of_model=["device"]),
+        settings=settings("seed", "batch_size", "blocking", load=LOADING),
     script:
         "../../scripts/block_experts.py"
 
@@ -61,10 +61,10 @@ rule keep_only:
     threads: 1
     resources:
         gpu=gpus,
-        mem_mb=memory(2),
+        mem_mb=model_memory,
         runtime=60,
     params:
         code=code("keep_only.py"),
-        settings=settings("batch_size", "keep_only", of_model=["device"]),
+        settings=settings("batch_size", "keep_only", load=LOADING),
     script:
         "../../scripts/keep_only.py"

@@ -1,13 +1,14 @@
-"""Toy models, trained here.
+"""Models: toys are trained here, others fetched from the hub or read from a folder, once, and described.
 
 INPUT   results/{dataset}/dataset.parquet      the data set that toy models learn
-OUTPUT  results/models/{model}/                a checkpoint (safetensors, tokenizer, config) and training.json
+OUTPUT  results/models/{model}/model.json      where a model's files lie, its commit, the hash of each file
+        results/models/{model}/                of a toy: its checkpoint (safetensors, tokenizer, config), training.json
 """
 
 
 rule models:
     input:
-        expand("results/models/{model}/{file}", model=MODELS, file=CHECKPOINT_FILES),
+        [f"results/models/{model}/model.json" for model in MODELS],
 
 
 rule train_toy:
@@ -23,6 +24,8 @@ rule train_toy:
     conda:
         "../../envs/model.yaml"
     threads: 1
+    wildcard_constraints:
+        model=one_of(TOYS),
     resources:
         mem_mb=memory(2),
         runtime=30,
@@ -31,3 +34,32 @@ rule train_toy:
         settings=settings("toy_training", of_model=["toy"]),
     script:
         "../../scripts/train_toy.py"
+
+
+rule describe_model:
+    """Fetch a model or look into its folder, check it as far as that can be done without running it, describe it."""
+    input:
+        lambda wildcards: sorted(
+            str(file) for file in Path(MODELS[wildcards.model].get("folder", "no folder")).glob("*") if file.is_file()
+        ),
+    output:
+        description="results/models/{model}/model.json",
+    log:
+        "results/logs/describe_model/{model}.log",
+    benchmark:
+        "results/logs/describe_model/{model}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    wildcard_constraints:
+        model=one_of([name for name in MODELS if name not in TOYS]),
+    resources:
+        mem_mb=memory(4),
+        runtime=240,
+    params:
+        code=code("describe_model.py"),
+        settings=lambda wildcards: {
+            key: MODELS[wildcards.model].get(key, "") for key in ("hub", "revision", "folder", "kind", "trust_remote_code")
+        },
+    script:
+        "../../scripts/describe_model.py"

@@ -1,10 +1,11 @@
 """Result tables of all data sets and models, with intervals.
 
 INPUT   results/{dataset}/{model}/prompts.parquet, attribution/, interventions/
-OUTPUT  results/tables/{efficiency,gains,stages,heads,experts}.{csv,parquet}    from attribution
+OUTPUT  results/tables/{efficiency,gains,stages,heads,experts,near_ties}.{csv,parquet}    from attribution
         results/tables/{blocking,keep_only}.{csv,parquet}                       from interventions
 """
 
+PUBLISHED = {name: model["published"] for name, model in MODELS.items() if model["published"]}
 PARTNERS = {name: model["dense_partner"] for name, model in MODELS.items() if model["dense_partner"]}
 
 
@@ -20,10 +21,11 @@ rule summarise_attribution:
         layers=expand("results/{dataset}/{model}/attribution/layers.parquet", dataset=DATASETS, model=MODELS),
         heads=expand("results/{dataset}/{model}/attribution/heads.parquet", dataset=DATASETS, model=MODELS),
         experts=expand("results/{dataset}/{model}/attribution/experts.parquet", dataset=DATASETS, model=MODELS),
+        margins=expand("results/{dataset}/{model}/attribution/margins.parquet", dataset=DATASETS, model=MODELS),
     output:
         reported_table("efficiency"),
         reported_table("stages"),
-        expand("results/tables/{table}.csv", table=["gains", "heads", "experts"]),
+        expand("results/tables/{table}.csv", table=["gains", "heads", "experts", "near_ties"]),
         expand("results/tables/{table}.parquet", table=ATTRIBUTION_TABLES),
     log:
         "results/logs/summarise_attribution.log",
@@ -40,8 +42,9 @@ rule summarise_attribution:
         settings=settings(
             "seed",
             "statistics",
-            toy=True,
-            n_prompts=sum(dataset["n_prompts"] for dataset in DATASETS.values()),
+            toys=TOYS,
+            published=PUBLISHED,
+            n_prompts=n_prompts_of_all(),
             tables=ATTRIBUTION_TABLES,
             partners=PARTNERS,
             runs=[[dataset, model] for dataset in DATASETS for model in MODELS],
@@ -75,8 +78,9 @@ rule summarise_interventions:
         settings=settings(
             "seed",
             "statistics",
-            toy=True,
-            n_prompts=sum(dataset["n_prompts"] for dataset in DATASETS.values()),
+            toys=TOYS,
+            published=PUBLISHED,
+            n_prompts=n_prompts_of_all(),
             tables=INTERVENTION_TABLES,
             partners={},
             runs=[[dataset, model] for dataset in DATASETS for model in MOE],

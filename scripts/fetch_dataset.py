@@ -1,0 +1,13 @@
+"""Snakemake script: fetch the files of a data set of the hub, and record their commit."""
+
+import json
+from pathlib import Path
+
+from moescope import artifacts, logs, sources
+
+logs.to_file_and_terminal(snakemake.log[0])
+settings, output = snakemake.params.settings, Path(snakemake.output.source)
+
+commit = sources.fetch(settings["hub"], settings["revision"], settings["files"], output.with_suffix(""))
+record = {"hub": settings["hub"], "requested": settings["revision"], "commit": commit, "files": settings["files"]}
+artifacts.write_text(json.dumps(record, indent=2), output)
