@@ -34,8 +34,10 @@ from moescope.models import (
 
 PROBE = 8
 """Tokens of the forward pass that is watched."""
-TIMES_ROUNDING = 32
-"""A sum counts as found when what it leaves is at most this many rounding errors of its largest part."""
+ROUNDINGS = 4
+"""A sum counts as found when what it leaves is, in every entry, at most this many rounding errors."""
+TOLERANCE = 32
+"""Rounding errors, relative to the largest entry, that a whole norm or unembedding may make."""
 
 
 @dataclass(eq=False)
@@ -86,9 +88,9 @@ def find(model: PreTrainedModel) -> Anatomy:
     numbers = sorted({1.0, *_numbers(model.config.get_text_config().to_dict())})
     blocks = _stack(root, unembedding.in_features, name)
     layers = tuple(_layer(index, call, numbers) for index, call in enumerate(blocks))
-    final, last = next((c for c in root.all() if c.module is unembedding), None), blocks[-1].output
+    last = cast(Tensor, blocks[-1].output)
     norm = next((_norm(c) for c in root.all() if c not in blocks and _same(c.input, last) and _norm(c)), None)
-    if norm is None or final is None or last is None:
+    if norm is None:
         raise AnatomyError(f"{name}: no norm found between the last layer and the unembedding")
     scale, softcap = _readout(unembedding(norm.module(last)), logits, numbers, name)
     return Anatomy(layers, norm, unembedding, scale, softcap)
@@ -182,7 +184,6 @@ def _layer(index: int, call: Call, numbers: Sequence[float]) -> Layer:
     here = f"layer {index}"
     states, written = [cast(Tensor, call.input)], list[list[Term]]()
     readers: list[nn.Module | None] = [None]
-    width = states[0].shape[-1]
     seen: list[Call] = []
     numbers = sorted({*numbers, *_scalars(call.module)})
     for inner in [*call.inside, replace(call, input=call.output)]:
@@ -205,7 +206,7 @@ def _layer(index: int, call: Call, numbers: Sequence[float]) -> Layer:
     blocks = [[leaf for term in terms for leaf in _leaves(term, call.inside, numbers, here)] for terms in written]
     attention, ffn, middle = [], [], None
     for position, leaves in enumerate(blocks):
-        looks_back = [_looks_back(leaf.call, width) and not _experts_in(leaf.call) for leaf in leaves]
+        looks_back = [_looks_back(leaf.call) and not _experts_in(leaf.call) for leaf in leaves]
         attention += [leaf for leaf, looks in zip(leaves, looks_back, strict=True) if looks]
         ffn += [leaf for leaf, looks in zip(leaves, looks_back, strict=True) if not looks]
         if position == 0 and all(looks_back) and len(blocks) > 1:
@@ -257,7 +258,7 @@ def _ffn(leaves: Sequence[Term], attention: Sequence[Term], layer: Call, numbers
         return whole | {"whole": "experts whose outputs do not reach the residual stream by themselves"}
     if not routed:
         if len(dense) > 1:
-            return whole | {"whole": f"{len(dense)} FFNs side by side without experts"}
+            return whole | {"whole": f"{len(dense)} FFNs in one layer without experts"}
         return found | {"dense": dense[0] if dense else None}
     experts = routed[0].call.module
     if experts.has_post_expert_norm or not isinstance(experts.down_proj, Tensor) or routed[0].gate:
@@ -346,33 +347,40 @@ def _sum(
         candidates.append((Term(call), out))
         candidates += [(Term(call, gate=g.module), out * cast(Tensor, g.output).sigmoid()) for g in gates]
     rest = target.double() - (0 if base is None else base.double())
-    rounding = TIMES_ROUNDING * torch.finfo(target.dtype).eps
-    allowed = rounding * max(float(t.abs().max()) for t in (target, *([] if base is None else [base])))
     if not candidates or not rest.any():
         return None
+    # In units of what rounding can do to each entry: a few entries of a trained model's stream can be huge.
+    noise = target.abs().double() + (0 if base is None else base.abs().double()) + rest.abs().median()
+    noise = noise.flatten().cpu() * torch.finfo(target.dtype).eps
+    goal = rest.flatten().cpu() / noise
+    columns = torch.stack([value.double().flatten().cpu() / noise for _, value in candidates], 1)
+    # All fits of fewer columns are fits within the span of all of them, where they cost nothing.
+    basis, columns_in_it = torch.linalg.qr(columns)
+    goal_in_it = basis.T @ goal
+    outside = (goal - basis @ goal_in_it).pow(2).sum()
+
+    def fit(some: list[int]) -> tuple[Tensor, float]:
+        """Least squares: coefficients, and the root mean square of what is left."""
+        part = columns_in_it[:, some]
+        solution = torch.linalg.lstsq(part, goal_in_it.unsqueeze(1), driver="gelsd").solution[:, 0]
+        return solution, float(((part @ solution - goal_in_it).pow(2).sum() + outside).div(len(goal)).sqrt())
+
     kept = list(range(len(candidates)))
-    columns = torch.stack([value.double().flatten() for _, value in candidates], 1)
-    best = _fit(columns, rest)
+    factors, whole = fit(kept)
     while len(kept) > 1:
         tried = [[k for k in kept if k != out] for out in kept]
-        fits = [_fit(columns[:, some], rest) for some in tried]
+        fits = [fit(some) for some in tried]
         smallest = min(range(len(fits)), key=lambda i: fits[i][1])
-        if fits[smallest][1] > max(2 * best[1], allowed / TIMES_ROUNDING):
+        if fits[smallest][1] > max(1.1 * whole, 0.01):
             break
-        kept, best = tried[smallest], fits[smallest]
-    factors = [_snap(float(f), numbers) for f in best[0]]
-    if any(f is None for f in factors):
+        kept, factors = tried[smallest], fits[smallest][0]
+    snapped = [_snap(float(factor), numbers) for factor in factors]
+    if any(factor is None for factor in snapped):
         return None
-    exact = columns[:, kept] @ torch.tensor(factors, dtype=torch.float64, device=columns.device)
-    if float((exact - rest.flatten()).abs().max()) > allowed:
+    left = goal - columns[:, kept] @ torch.tensor(snapped, dtype=torch.float64)
+    if float(left.abs().max()) > ROUNDINGS:
         return None
-    return [replace(candidates[k][0], factor=cast(float, f)) for k, f in zip(kept, factors, strict=True)]
-
-
-def _fit(columns: Float[Tensor, "n k"], rest: Tensor) -> tuple[Tensor, float]:
-    """Least squares: coefficients, and the largest error."""
-    solution = torch.linalg.lstsq(columns.cpu(), rest.flatten().cpu().unsqueeze(1), driver="gelsd").solution[:, 0]
-    return solution, float((columns.cpu() @ solution - rest.flatten().cpu()).abs().max())
+    return [replace(candidates[k][0], factor=cast(float, f)) for k, f in zip(kept, snapped, strict=True)]
 
 
 def _snap(value: float, numbers: Sequence[float], tolerance: float = 0.01) -> float | None:
@@ -403,10 +411,10 @@ def _norm(call: Call) -> Norm | None:
     centre = x.float() - x.float().mean(-1, keepdim=True) if centred else x.float()
     expected = centre * norm.scale(x).unsqueeze(-1) * gain.float() + bias.float()
     error = float((expected - y.float()).abs().max() / y.float().abs().max().clamp_min(1e-30))
-    return norm if error <= TIMES_ROUNDING * torch.finfo(y.dtype).eps else None
+    return norm if error <= TOLERANCE * torch.finfo(y.dtype).eps else None
 
 
-def _looks_back(call: Call, width: int) -> bool:
+def _looks_back(call: Call) -> bool:
     """Whether a token's output depends on the token before it: asked of the module itself."""
     states = cast(Tensor, call.input)
     changed = states.clone()
@@ -425,22 +433,25 @@ def _looks_back(call: Call, width: int) -> bool:
     output = call.module(*args, **kwargs)
     first = next(x for x in (output if isinstance(output, tuple | list) else [output]) if _is_states(x))
     before, after = cast(Tensor, call.output)[-1].float(), first.flatten(0, -2)[-1].float()
-    return bool((before - after).abs().max() > 1e-3 * before.abs().max())
+    # Many entries by more than rounding, not the largest one alone: a few entries of some models are huge.
+    return float(((before - after).abs() > 0.01 * before.abs()).float().mean()) > 0.1
 
 
 def _readout(
     raw: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"], numbers: Sequence[float], name: str
 ) -> tuple[float, float]:
     """(factor, softcap) with which the unembedding of the normed final state gives the logits."""
-    raw, logits = raw.double(), logits.double()
-    limit = TIMES_ROUNDING * torch.finfo(torch.bfloat16 if raw.dtype == torch.bfloat16 else torch.float32).eps
+    limit = TOLERANCE * torch.finfo(raw.dtype).eps * float(logits.abs().max())
+    raw, logits = raw.double().cpu(), logits.double().cpu()
     for cap in (0.0, *(n for n in numbers if n > 1)):
-        if cap and float(logits.abs().max()) >= cap:
-            continue
-        straight = cap * torch.atanh(logits / cap) if cap else logits
-        factor = _snap(float((straight * raw).sum() / (raw * raw).sum()), numbers)
-        if factor is not None and float((straight - factor * raw).abs().max()) <= limit * float(straight.abs().max()):
-            return factor, cap
+        # Only where the cap is not reached does a logit tell the factor.
+        low = logits.abs() < (0.5 * cap if cap else torch.inf)
+        straight = cap * torch.atanh(logits[low] / cap) if cap else logits[low]
+        factor = _snap(float((straight * raw[low]).sum() / (raw[low] ** 2).sum()), numbers) if low.any() else 1.0
+        if factor is not None:
+            expected = cap * torch.tanh(factor * raw / cap) if cap else factor * raw
+            if float((expected - logits).abs().max()) <= limit:
+                return factor, cap
     raise AnatomyError(f"{name}: its logits are not the unembedding of the normed final state, times a number")
 
 
@@ -462,7 +473,7 @@ def _numbers(values: Any) -> Iterator[float]:
         values = values.values()
     if isinstance(values, int | float) and not isinstance(values, bool):
         yield float(values)
-    elif not isinstance(values, str | None.__class__) and hasattr(values, "__iter__"):
+    elif isinstance(values, list | tuple | type({}.values())):
         for value in values:
             yield from _numbers(value)
 
@@ -471,4 +482,6 @@ def _scalars(module: nn.Module) -> Iterator[float]:
     """Numbers that a module keeps as attributes, or as parameters or buffers of one element."""
     for part in module.modules():
         yield from (float(v) for v in vars(part).values() if isinstance(v, float))
-        yield from (float(t) for t in (*part.parameters(False), *part.buffers(False)) if t.numel() == 1)
+        yield from (
+            float(t) for t in (*part.parameters(False), *part.buffers(False)) if t.numel() == 1 and not t.is_meta
+        )

@@ -55,7 +55,7 @@ class Path:
             vectors = vectors * self.factor
         if self.norms and scale is not None:
             gain = reduce(torch.mul, (norm.gain for norm in self.norms))
-            vectors = vectors * gain * scale.to(vectors.dtype).view(-1, *[1] * (vectors.ndim - 1))
+            vectors = vectors * _exact(gain) * scale.to(vectors.dtype).view(-1, *[1] * (vectors.ndim - 1))
         return vectors
 
 
@@ -209,28 +209,30 @@ def expert_activations(
     `capture.verify` proves it right.
     """
     module = cast(Any, experts)
+    order = ids.flatten().argsort(stable=True)
+    count = ids.flatten().bincount().tolist()
+    name = "gate_up_proj" if module.has_gate else "up_proj"
     rows: list[Tensor] = []
     with weights_of(experts):
-        name = "gate_up_proj" if module.has_gate else "up_proj"
         up: Tensor = getattr(module, name)
         bias: Any = getattr(module, f"{name}_bias", None)
-        for expert in ids.unique().tolist():
-            token = (ids == expert).nonzero()[:, 0]
-            weight = up[expert].T if module.is_transposed else up[expert]
-            inner = nn.functional.linear(hidden[token], weight, bias[expert] if module.has_bias else None)
-            rows.append(module._apply_gate(inner) if module.has_gate else module.act_fn(inner))
-    order = ids.flatten().argsort(stable=True).argsort()
-    return torch.cat(rows)[order].unflatten(0, tuple(ids.shape))
+        for expert, states in enumerate(hidden[order // ids.shape[1]].split(count)):
+            if len(states):
+                weight = up[expert].T if module.is_transposed else up[expert]
+                rows.append(nn.functional.linear(states, weight, bias[expert] if module.has_bias else None))
+        inner = torch.cat(rows)
+        acts = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return acts[order.argsort()].unflatten(0, tuple(ids.shape))
 
 
 def head_contributions(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n heads d_model"]:
-    """What each head adds to the residual stream; no heads where the attention block is one component."""
+    """What each head adds to the residual stream, float32 or more; none where the attention block is one component."""
     attention = layer.attention
     if attention is None or attention.out_proj is None:
-        return here["resid_pre"].unsqueeze(1)[:, :0]
+        return _exact(here["resid_pre"]).unsqueeze(1)[:, :0]
     with weights_of(attention.out_proj):
-        weight = weight_of(attention.out_proj).unflatten(1, (attention.n_heads, -1))
-        vectors = torch.einsum("nhk,dhk->nhd", here["head_in"], weight)
+        weight = _exact(weight_of(attention.out_proj)).unflatten(1, (attention.n_heads, -1))
+        vectors = torch.einsum("nhk,dhk->nhd", _exact(here["head_in"]), weight)
     return attention.path.carry(vectors, here.get("attention_scale"))
 
 
@@ -238,29 +240,29 @@ def attention_output(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, 
     """What the attention block adds to the residual stream: its heads, and its projection's bias if it has one."""
     attention = layer.attention
     if attention is None:
-        return torch.zeros_like(here["resid_pre"])
+        return torch.zeros_like(_exact(here["resid_pre"]))
     if attention.out_proj is None:
-        return attention.path.carry(here["attention_out"], here.get("attention_scale"))
+        return attention.path.carry(_exact(here["attention_out"]), here.get("attention_scale"))
     total = head_contributions(layer, here).sum(1)
     bias = cast("Tensor | None", getattr(attention.out_proj, "bias", None))
     if bias is None:
         return total
     with weights_of(attention.out_proj):
-        constant = cast(Tensor, attention.out_proj.bias).expand_as(total)
+        constant = _exact(cast(Tensor, attention.out_proj.bias)).expand_as(total)
         return total + attention.path.carry(constant, here.get("attention_scale"))
 
 
 def expert_contributions(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n k d_model"]:
     """What each chosen routed expert adds to the residual stream, in the order of `expert_ids`."""
     assert layer.experts is not None
-    experts, ids, acts = layer.experts.module, here["expert_ids"].long(), here["expert_acts"]
+    experts, ids, acts = layer.experts.module, here["expert_ids"].long(), _exact(here["expert_acts"])
     out = acts.new_empty(*ids.shape, here["resid_pre"].shape[-1])
     with weights_of(experts):
         for expert in ids.unique().tolist():
             chosen = ids == expert
-            out[chosen] = acts[chosen] @ expert_down(experts, expert).T
+            out[chosen] = acts[chosen] @ _exact(expert_down(experts, expert)).T
             if experts.has_bias:
-                out[chosen] += cast(Tensor, experts.down_proj_bias)[expert]
+                out[chosen] += _exact(cast(Tensor, experts.down_proj_bias)[expert])
     vectors = out * here["expert_weights"].unsqueeze(-1)
     return layer.experts.path.carry(vectors, here.get("experts_scale"))
 
@@ -268,19 +270,31 @@ def expert_contributions(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tens
 def shared_contribution(layer: Layer, here: Mapping[str, Tensor], i: int) -> Float[Tensor, "n d_model"]:
     """What shared expert i adds to the residual stream."""
     shared = layer.shared[i]
-    out = shared.down(here[f"shared.{i}.acts"]) * here[f"shared.{i}.gate"].unsqueeze(-1)
+    out = _through(shared.down, here[f"shared.{i}.acts"]) * here[f"shared.{i}.gate"].unsqueeze(-1)
     return shared.path.carry(out, here.get(f"shared.{i}.scale"))
 
 
 def ffn_output(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n d_model"]:
     """What the FFN adds to the residual stream: its neurons, or all routed and shared experts."""
-    total = torch.zeros_like(here["resid_pre"])
+    total = torch.zeros_like(_exact(here["resid_pre"]))
     if layer.dense is not None:
-        total = layer.dense.path.carry(layer.dense.down(here["acts"]), here.get("dense_scale"))
+        total = layer.dense.path.carry(_through(layer.dense.down, here["acts"]), here.get("dense_scale"))
     if layer.experts is not None:
         total = expert_contributions(layer, here).sum(1)
     for i in range(len(layer.shared)):
         total = total + shared_contribution(layer, here, i)
     for i, (_, path) in enumerate(layer.whole_ffn):
-        total = total + path.carry(here[f"whole.{i}.out"], here.get(f"whole.{i}.scale"))
+        total = total + path.carry(_exact(here[f"whole.{i}.out"]), here.get(f"whole.{i}.scale"))
     return total
+
+
+def _through(linear: nn.Module, x: Float[Tensor, "n in"]) -> Float[Tensor, "n out"]:
+    """A linear map in float32 or more, whatever the model's dtype."""
+    with weights_of(linear):
+        bias = cast("Tensor | None", getattr(linear, "bias", None))
+        return nn.functional.linear(_exact(x), _exact(weight_of(linear)), None if bias is None else _exact(bias))
+
+
+def _exact(x: Tensor) -> Tensor:
+    """Half precision as float32: what a part adds is not rounded once more when it is taken apart."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

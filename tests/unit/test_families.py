@@ -1,66 +1,55 @@
-"""Families beyond the six: tiny random models of the real classes, whose anatomy is found by structure alone."""
+"""The support matrix of config/MODELS.md, measured again: a miniature of every causal language model."""
+
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
 
-from moescope import anatomy, capture, models
+from moescope import anatomy, capture
 
-SMALL = {
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-MOE = ["ernie4_5_moe", "exaone_moe", "glm4_moe", "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "minimax_m2"]
-MOE += ["qwen3_moe", "solar_open"]
-DENSE = ["apertus", "arcee", "ernie4_5", "gemma", "glm", "granite", "helium", "phi3", "qwen3", "seed_oss", "smollm3"]
+import families
+
+PAGE = Path(__file__).parents[2] / "config/MODELS.md"
+LINES = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+ROWS = {line.split(" | ")[0].strip("| "): line for line in LINES if not line.startswith(("| ---", "| model type"))}
+MOST = 1e-5
 
 
-def tiny(name):
-    known = {key: value for key, value in SMALL.items() if hasattr(AutoConfig.for_model(name), key)}
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **known)).float().eval()
+def test_the_page_lists_every_family_of_the_installed_library_and_counts_them():
+    assert f"of transformers {transformers.__version__} (torch {torch.__version__.split('+')[0]})" in PAGE.read_text()
+    assert ROWS.keys() == set(families.model_types())
+    moe, routed = map(int, re.search(r"- (\d+) families with experts: (\d+) add up", PAGE.read_text()).groups())
+    dense, verified = map(int, re.search(r"- (\d+) families without: (\d+) add up", PAGE.read_text()).groups())
+    cells = [row.split(" | ") for row in ROWS.values()]
+    assert (moe, dense) == (sum(map(families.has_experts, ROWS)), len(ROWS) - moe)
+    assert routed == sum(row[3] != "" for row in cells) >= 45
+    assert verified == sum(row[1] != "" and not families.has_experts(row[0].strip("| ")) for row in cells) >= 10
 
 
-@pytest.mark.parametrize("name", [*MOE, *DENSE])
-def test_the_parts_of_other_families_add_up(name):
-    model = tiny(name)
-    # Norm gains of 1 (or 0, where the gain is the parameter plus 1) would hide a wrong gain.
-    torch.nn.init.uniform_(next(model.model.norm.parameters()), 0.5, 1.5)
-    parts = anatomy.find(model)
-    ids = torch.arange(3, 27).reshape(4, 6)
+@pytest.mark.parametrize("model_type", families.model_types())
+def test_a_family_is_what_the_page_says_and_adds_up(model_type):
+    """Works down to these levels, or is refused with this sentence: no family is silently wrong."""
+    torch.set_num_threads(1)
+    row, errors = families.measure(model_type)
+    assert families.line(row) == ROWS[model_type]
+    if row.verified:
+        assert errors.pop("never-used experts blocked") == 0.0
+        assert max(errors.values()) < MOST, errors
+
+
+@pytest.mark.parametrize(
+    "model_type", ["cohere2_moe", "deepseek_v3", "flex_olmo", "gemma2", "gpt_oss", "granitemoe", "olmoe", "qwen3_next"]
+)
+def test_half_precision_and_huge_entries_of_the_residual_stream_hide_nothing(model_type):
+    """Trained models have residual dimensions thousands of times larger than an increment, and run in bfloat16."""
+    model = families.build(model_type)
+    found = anatomy.levels(anatomy.find(model))
+    embedding = model.get_input_embeddings().weight
     with torch.no_grad():
-        found, logits = capture.record(model, parts, ids)
-        errors = capture.verify(model, parts, ids, found, logits)
-    assert parts.is_moe == (name in MOE)
-    assert max(errors.values()) < 1e-5
-
-
-@pytest.mark.parametrize("name", ["gemma2", "flex_olmo", "cohere", "bloom", "falcon_mamba"])
-def test_families_that_are_not_understood_are_refused_with_a_sentence(name):
-    """Sandwich norms, post-norms, parallel blocks, LayerNorm and state-space layers: never silently wrong."""
-    model = tiny(name)
-    ids = torch.arange(3, 27).reshape(4, 6)
-
-    def use():
-        parts = anatomy.find(model)
-        with torch.no_grad():
-            capture.verify(model, parts, ids, *capture.record(model, parts, ids))
-
-    with pytest.raises(models.AnatomyError, match=r"layer 0|Bloom|FalconMamba"):
-        use()
+        embedding[:, 3] += 2000 * embedding.std()
+    parts = anatomy.find(model.bfloat16())
+    assert anatomy.levels(parts) == found
+    with torch.no_grad():
+        capture.verify(model, parts, families.IDS, *capture.record(model, parts, families.IDS))
