@@ -14,6 +14,7 @@ dataset = artifacts.read_table(snakemake.input.dataset, "dataset")
 prompts = facts.select(dataset, settings["templates"]).iloc[int(settings["shard"]) :: settings["shards"]]
 tokens, dropped = facts.tokenise(tokenizer, prompts)
 parts = anatomy.find(model)
+anatomy.check_kind(parts, settings["moe"])
 rows = capture.rows(tokens, settings["answer"])
 with artifacts.writing_tensors(output.activations, "activations", len(rows)) as cache:
     scored, errors = capture.capture(model, parts, tokens, settings["batch_size"], cache.put, settings["answer"])

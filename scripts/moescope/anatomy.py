@@ -109,6 +109,17 @@ def levels(parts: Anatomy) -> dict[str, Any]:
     }
 
 
+def check_kind(parts: Anatomy, moe: bool) -> None:
+    """Raises AnatomyError for a model without routed experts where some are asked for, and the other way round."""
+    if moe and not parts.is_moe:
+        why = "; ".join(levels(parts)["reasons"]) or "all FFNs are dense"
+        raise AnatomyError(
+            f"kind: moe, but no routed experts can be told apart ({why}); set kind to dense to study layers and heads"
+        )
+    if parts.is_moe and not moe:
+        raise AnatomyError("kind: dense, but the model has routed experts; set kind to moe")
+
+
 def _watch(model: PreTrainedModel) -> tuple[Call, Tensor]:
     """The tree of calls of a forward pass over PROBE tokens, and its logits [tokens vocab]."""
     ends = [value for key, value in model.config.to_dict().items() if key.endswith("token_id")]

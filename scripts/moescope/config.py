@@ -28,6 +28,13 @@ CHECKPOINT_FILES = (
 FACTS = "config/facts"
 SOURCES = ("toy", "hub", "folder")
 SECTIONS = ("datasets", "models")
+# What a value that is not written as it should be is not, by the key of its entry; "" for the name of an entry.
+WRITTEN = {
+    "": "is not a usable name: it becomes part of a path; start with a letter or digit and use only letters, digits,"
+    " '-' and '_'",
+    "hub": "is not the name of a repository of the hub; write it as owner/name",
+    "max_memory": "is neither a device (the number of a GPU, or cpu) nor a size (such as 40GiB); mend it",
+}
 MOE_ARCHITECTURES = ("qwen2_moe", "olmoe", "mixtral")
 
 
@@ -55,12 +62,17 @@ def resolve(
         dataset.setdefault("templates", "held_out" if own else "all")
         if own and "hub" not in dataset:
             dataset.setdefault("path", FACTS)
+    for model in _entries(config, "models", broken).values():
+        # YAML reads the number of a GPU as a number.
+        model["max_memory"] = {str(device): size for device, size in model["max_memory"].items()}
     errors = [f"{source}: {sentence}" for sentence in [*(s for _, s in found), *cross_errors(config, broken)]]
     tasks = config["tasks"] if ("tasks",) not in broken else schema["properties"]["tasks"]["default"]
     relations = {}
     for name, dataset in _entries(config, "datasets", broken).items():
         if dataset["format"] != "facts":
             errors += [f"datasets.{name}: {sentence}" for sentence in _public_errors(dataset)]
+            continue
+        if "path" not in dataset:
             continue
         try:
             relations[name] = load_relations(fact_files(dataset), tasks)
@@ -109,7 +121,11 @@ def source_files(dataset: Mapping[str, Any], fetched: Path) -> list[Path]:
     if "hub" in dataset:
         return [fetched]
     path = Path(dataset["path"])
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    # Hidden folders hold what git and others keep there, which is not read.
+    seen = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    return sorted(file for file in seen if file.is_file())
 
 
 def wanted_relations(dataset: Mapping[str, Any]) -> list[str]:
@@ -141,6 +157,9 @@ def cross_errors(config: Mapping[str, Any], broken: Collection[tuple[str, ...]])
     `broken` holds the paths (section, or section and name) that the schema has refused already.
     """
     models, datasets = _entries(config, "models", broken), _entries(config, "datasets", broken)
+    for section, name in [*(("datasets", name) for name in datasets), *(("models", name) for name in models)]:
+        if not isinstance(name, str):
+            yield f"{section}: {name!r} is not text; write the name in quotes, or choose another one"
     for name, dataset in datasets.items():
         yield from (f"datasets.{name}{sentence}" for sentence in _dataset_errors(dataset))
     names = {section: config[section] if isinstance(config.get(section), Mapping) else None for section in SECTIONS}
@@ -193,6 +212,10 @@ def _model_errors(model: Mapping[str, Any]) -> Iterator[str]:
         yield ".kind: a toy model says it by its architecture; remove it"
     if "folder" in model and not Path(model["folder"]).is_dir():
         yield f".folder: '{model['folder']}' is not a folder; mend the path, which is relative to the working directory"
+    if model["revision"] != "main" and "hub" not in model:
+        yield ".revision: only a model of the hub has one; remove it"
+    if model["gpus"] > 1 and model["device"] == "cuda":
+        yield f".gpus: {model['gpus']} asked for, but device cuda is one GPU; set device to auto, or remove gpus"
     if model["max_memory"] and model["device"] != "auto":
         yield f".max_memory: only means something with device auto, not {model['device']}; remove one"
 
@@ -205,6 +228,10 @@ def _dataset_errors(dataset: Mapping[str, Any]) -> Iterator[str]:
         yield f".hub: fact files are local; give the folder as path, or the format of '{dataset['hub']}'"
     elif own and not dataset["relations"] and not fact_files(dataset):
         yield f".path: '{dataset['path']}' holds no fact file (*.yaml); name another folder"
+    if "hub" not in dataset:
+        for key, default in (("revision", "main"), ("files", "*")):
+            if dataset[key] != default:
+                yield f".{key}: only a data set of the hub has one; remove it"
     if own and dataset["preset"]:
         yield f".preset: '{dataset['preset']}' names LRE relations; use it with format lre, or list relations"
     if not own and dataset.get("templates", "all") != "all":
@@ -221,7 +248,7 @@ def _dataset_errors(dataset: Mapping[str, Any]) -> Iterator[str]:
 
 def _public_errors(dataset: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files of a public data set that are here already."""
-    if "path" not in dataset or "hub" in dataset:
+    if "path" not in dataset or any(_dataset_errors(dataset)):
         return []
     return check(
         dataset["format"], Path(dataset["path"]), relations=wanted_relations(dataset), columns=dataset["columns"]
@@ -268,14 +295,14 @@ def _sentences(error: ValidationError) -> Iterator[str]:
         case "exclusiveMinimum" | "exclusiveMaximum":
             yield f"{at}{value} must be {'more' if error.validator == 'exclusiveMinimum' else 'less'} than {wanted}"
         case "pattern":
-            yield (
-                f"{at}'{value}' is not a usable name: it becomes part of a path;"
-                " start with a letter or digit and use only letters, digits, '-' and '_'"
-            )
+            key = str(error.absolute_path[2]) if len(error.absolute_path) > 2 else ""
+            yield f"{at}'{value}' {WRITTEN[key]}"
         case "not":
             yield f"{at}'{value}' is the name of a folder of results; choose another name"
         case "minItems" | "minProperties":
             yield f"{at}empty; give at least {wanted}"
+        case "minLength":
+            yield f"{at}empty; fill it in, or remove the key"
         case "multipleOf":
             yield f"{at}{value} is not a multiple of {wanted}"
         case _:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moescope.anatomy import find, levels
+from moescope.anatomy import check_kind, find, levels
 from moescope.capture import record, verify
 from moescope.checkpoints import FAILURES, auto_class
-from moescope.models import AnatomyError
 
 LAYERS = 4
 LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer", "decoder_layers")
@@ -75,16 +74,8 @@ def foresee(config: PreTrainedConfig, moe: bool) -> dict[str, Any]:
         return {"not_foreseen": f"no miniature of {config.model_type} could be built ({type(error).__name__})"}
     parts = find(model)
     verify(model, parts, ids, *record(model, parts, ids))
-    found = levels(parts)
-    if moe and not found["with_experts"]:
-        why = "; ".join(found["reasons"]) or "all its FFNs are dense"
-        raise AnatomyError(
-            f"kind: moe, but no routed experts of {config.model_type} can be told apart ({why}); set kind to dense to"
-            " study its layers and heads"
-        )
-    if found["with_experts"] and not moe:
-        raise AnatomyError(f"kind: dense, but {config.model_type} has routed experts; set kind to moe")
-    return found
+    check_kind(parts, moe)
+    return levels(parts)
 
 
 def _small_config(values: Mapping[str, Any]) -> dict[str, Any]:

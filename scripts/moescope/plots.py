@@ -195,7 +195,7 @@ def note(
     n, subjects = table["prompts"].max(), table["subjects"].max()
     found = [model for model in models if model in toys]
     which = "" if len(found) == len(models) else f" ({', '.join(found)})"
-    what = f"Toy-sized models trained on these facts{which}: findings about toy models.\n" if found else ""
+    what = f"Toy-sized models, trained here{which}: findings about toy models.\n" if found else ""
     return (
         f"{what}{n:,} prompts about {subjects:,} subjects; intervals: {confidence:.0%} bootstrap over subjects,"
         f" {bootstrap_draws:,} draws, seed {seed}."

@@ -38,7 +38,7 @@ rule capture:
         runtime=60,
     params:
         code=code("capture.py"),
-        settings=settings("batch_size", "shards", of_dataset=["templates", "answer"], load=LOADING),
+        settings=settings("batch_size", "shards", of_dataset=["templates", "answer"], of_model=["moe"], load=LOADING),
     script:
         "../../scripts/capture.py"
 

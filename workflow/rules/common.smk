@@ -38,14 +38,14 @@ try:
 except ConfigError as error:
     raise WorkflowError("The configuration has errors; nothing was run.", *error.errors) from None
 
-MODELS = config["models"]
+MODELS = {name: model | {"moe": is_moe(model)} for name, model in config["models"].items()}
 DATASETS = {
     name: dataset
     | {"path": dataset.get("path", ""), "wanted": wanted_relations(dataset)}
     | {"n_prompts": n_prompts(RELATIONS[name], dataset["templates"]) if name in RELATIONS else 0}
     for name, dataset in config["datasets"].items()
 }
-MOE = [name for name, model in MODELS.items() if is_moe(model)]
+MOE = [name for name, model in MODELS.items() if model["moe"]]
 TOYS = [name for name, model in MODELS.items() if "toy" in model]
 ATTRIBUTION_TABLES = ["efficiency", "stages", "gains", "heads", "experts", "near_ties"]
 INTERVENTION_TABLES = ["blocking", "keep_only"] if MOE else []
@@ -85,7 +85,8 @@ def settings(*sections, of_dataset=(), of_model=(), load=(), **more):
     def chosen(wildcards):
         values = dict(wildcards.items()) | more | {key: config[key] for key in sections}
         if load:
-            values["load"] = {key: MODELS[wildcards.model][key] or None for key in load}
+            model = MODELS[wildcards.model]
+            values["load"] = {key: model[key] if model[key] not in ("", {}) else None for key in load}
         values |= {key: DATASETS[wildcards.dataset][key] for key in of_dataset}
         return values | {key: MODELS[wildcards.model][key] for key in of_model}
 

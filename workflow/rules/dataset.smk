@@ -20,11 +20,11 @@ rule fetch_dataset:
         "results/logs/fetch_dataset/{dataset}.log",
     benchmark:
         "results/logs/fetch_dataset/{dataset}.benchmark.tsv"
+    wildcard_constraints:
+        dataset=one_of([name for name, dataset in DATASETS.items() if "hub" in dataset]),
     conda:
         "../../envs/model.yaml"
     threads: 1
-    wildcard_constraints:
-        dataset=one_of([name for name, dataset in DATASETS.items() if "hub" in dataset]),
     resources:
         mem_mb=memory(1),
         runtime=60,

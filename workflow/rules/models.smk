@@ -21,11 +21,11 @@ rule train_toy:
         "results/logs/train_toy/{model}.log",
     benchmark:
         "results/logs/train_toy/{model}.benchmark.tsv"
+    wildcard_constraints:
+        model=one_of(TOYS),
     conda:
         "../../envs/model.yaml"
     threads: 1
-    wildcard_constraints:
-        model=one_of(TOYS),
     resources:
         mem_mb=memory(2),
         runtime=30,
@@ -48,18 +48,19 @@ rule describe_model:
         "results/logs/describe_model/{model}.log",
     benchmark:
         "results/logs/describe_model/{model}.benchmark.tsv"
+    wildcard_constraints:
+        model=one_of([name for name in MODELS if name not in TOYS]),
     conda:
         "../../envs/model.yaml"
     threads: 1
-    wildcard_constraints:
-        model=one_of([name for name in MODELS if name not in TOYS]),
     resources:
         mem_mb=memory(4),
         runtime=240,
     params:
         code=code("describe_model.py"),
         settings=lambda wildcards: {
-            key: MODELS[wildcards.model].get(key, "") for key in ("hub", "revision", "folder", "kind", "trust_remote_code")
+            key: MODELS[wildcards.model].get(key, "")
+            for key in ("hub", "revision", "folder", "kind", "trust_remote_code")
         },
     script:
         "../../scripts/describe_model.py"
