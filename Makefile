@@ -18,7 +18,7 @@ run: $(VENV)/run
 	@echo "The report is results/report.html, the tables are in results/tables."
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check scripts tests

@@ -5,6 +5,8 @@ import os
 import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Workers of pytest share the cores; small models gain nothing from more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CAPITALS = """
 task: geography
@@ -109,12 +111,17 @@ def build(tokenizer):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory):
-    """A finished small run; tests that change anything take a copy of it."""
+def finished(tmp_path_factory, worker_id):
+    """A finished small run, one for all workers; tests that change anything take a copy of it."""
+    from filelock import FileLock
+
     import small
 
-    folder = small.make(tmp_path_factory.mktemp("finished") / "run")
-    small.snakemake(folder)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "finished/run"
+    with FileLock(f"{folder.parent}.lock"):
+        if not (folder / "results/tables").exists():
+            small.snakemake(small.make(folder))
     return folder
 
 

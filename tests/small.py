@@ -1,5 +1,11 @@
-"""A small but whole run of the workflow in a folder of its own: two toy models, three relations."""
+"""A small but whole run of the workflow in a folder of its own: two toy models, three relations.
 
+And what runs on real checkpoints and public facts are made of: checkpoints, the hub's cache, files of LRE.
+"""
+
+import hashlib
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,27 +38,103 @@ SMALL = {
     "keep_only": {"top": [1]},
     "statistics": {"bootstrap_draws": 100},
 }
+# Li et al. 2025 (preset ka): for each relation LRE's folder, a template, and some of its facts.
+LRE = {
+    "name_birthplace": (
+        "bias",
+        "{} is from",
+        {"Rossi": "Italy", "Sato": "Japan", "Weber": "Germany", "Silva": "Brazil"},
+    ),
+    "country_capital_city": (
+        "factual",
+        "The capital city of {} is",
+        {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid"},
+    ),
+    "country_language": (
+        "factual",
+        "People in {} speak",
+        {"France": "French", "Japan": "Japanese", "Brazil": "Portuguese", "Austria": "German"},
+    ),
+    "fruit_inside_color": (
+        "commonsense",
+        "On the inside, {} are",
+        {"kiwis": "green", "apples": "white", "carrots": "orange", "tomatoes": "red"},
+    ),
+    "object_superclass": (
+        "commonsense",
+        "A {} is in the category of a",
+        {"tiger": "animal", "chair": "furniture", "hammer": "tool", "rose": "flower"},
+    ),
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def make(folder: Path, config: dict = SMALL) -> Path:
     """A checkout with the small configuration."""
     for name in ("workflow", "scripts", "envs", "config"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "config/config.yaml").write_text(yaml.safe_dump(config))
+    return configure(folder, config)
+
+
+def configure(folder: Path, config: dict) -> Path:
+    """Write the configuration of a checkout."""
+    (folder / "config/config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder
 
 
+def lre(folder: Path) -> Path:
+    """The relations of LRE, in files as they are published."""
+    for relation, (kind, template, facts) in LRE.items():
+        content = {
+            "name": relation.replace("_", " "),
+            "prompt_templates": [template],
+            "prompt_templates_zs": [f"What is true of {{}}? {template}"],
+            "properties": {"relation_type": kind, "domain_name": "x", "range_name": "y", "symmetric": False},
+            "samples": [{"subject": subject, "object": answer} for subject, answer in facts.items()],
+        }
+        path = folder / kind / f"{relation}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2))
+    return folder
+
+
+def cached(files: Path, home: Path, repository: str, kind: str = "models") -> Path:
+    """Lay a folder into the hub's cache by hand, as the newest commit of a repository; where its files lie there."""
+    place = home / "hub" / f"{kind}--{repository.replace('/', '--')}"
+    snapshot = place / "snapshots" / COMMIT
+    for part in (place / "blobs", place / "refs", snapshot):
+        part.mkdir(parents=True)
+    (place / "refs/main").write_text(COMMIT)
+    for path in files.iterdir():
+        content = path.read_bytes()
+        # The hub's name of a file: SHA-256 of large ones, git's own hash of the others.
+        sha256, sha1 = hashlib.sha256(content), hashlib.sha1(b"blob %d\0" % len(content) + content)
+        blob = (sha256 if path.suffix == ".safetensors" else sha1).hexdigest()
+        (place / "blobs" / blob).write_bytes(content)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob)
+    return snapshot
+
+
 def snakemake(folder: Path, *arguments: str, check: bool = True) -> str:
-    """Run Snakemake there; what it printed."""
+    """Run Snakemake there, with the hub out of reach and its cache in the folder `home`; what it printed."""
     command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | offline,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
     if check and done.returncode:
         raise AssertionError(f"snakemake {' '.join(arguments)} failed:\n{done.stdout[-4000:]}")
     return done.stdout
 
 
 def planned(folder: Path, *arguments: str) -> dict[str, int]:
-    """Jobs that a dry run would do, by rule, without `all`."""
+    """Jobs that a dry run would do, by rule, without its targets."""
     text = snakemake(folder, *arguments, "--dry-run", "--quiet", "rules").splitlines()
     start = next((i for i, line in enumerate(text) if line.startswith("job ")), None)
     if start is None:
@@ -64,7 +146,7 @@ def planned(folder: Path, *arguments: str) -> dict[str, int]:
             break
         name, count = line.split()
         jobs[name] = int(count)
-    return {name: count for name, count in jobs.items() if name != "all"}
+    return {name: count for name, count in jobs.items() if name not in ("all", *arguments)}
 
 
 def tables(folder: Path) -> dict[str, pd.DataFrame]:

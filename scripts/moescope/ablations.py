@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedModel
 
 from moescope.artifacts import open_tensors
-from moescope.capture import batches, readout_logits, token_tensor
+from moescope.capture import batches, input_device, readout_logits, token_tensor
 from moescope.facts import steps
 from moescope.intervene import block_experts, intervene, keep_top
 from moescope.models import Anatomy
@@ -154,8 +154,9 @@ def measure_blocking(
     Many sets share a batch: each row of it has experts of its own blocked. Returns prompt_id (int32),
     n_blocked (int16), draw (int16), rank (int32), log_prob (float32, nats).
     """
+    device = input_device(model)
     marks = {
-        layer.index: torch.zeros(len(sets), layer.n_experts, dtype=torch.bool, device=model.device)
+        layer.index: torch.zeros(len(sets), layer.n_experts, dtype=torch.bool, device=device)
         for layer in parts.layers
         if layer.experts is not None
     }
@@ -172,7 +173,7 @@ def measure_blocking(
     pairs = answers.iloc[row].reset_index(drop=True)
 
     def edit(rows: np.ndarray) -> dict[int, Bool[torch.Tensor, "rows experts"]]:
-        index = torch.as_tensor(set_number[rows], device=model.device)
+        index = torch.as_tensor(set_number[rows], device=device)
         return {layer: mark[index] for layer, mark in marks.items()}
 
     rank, log_prob = np.empty(len(pairs), "int32"), np.empty(len(pairs), "float32")
@@ -212,8 +213,8 @@ def score(
     model: PreTrainedModel, prompts: pd.DataFrame, rows: Int[np.ndarray, " b"]
 ) -> tuple[Int[np.ndarray, " b"], np.ndarray]:
     """Rank and log-probability of the targets of prompts of equal length."""
-    logits = readout_logits(model, token_tensor(prompts, rows, model.device)).float()
-    target = torch.as_tensor(prompts["target_id"].to_numpy()[rows], dtype=torch.long, device=model.device)
+    logits = readout_logits(model, token_tensor(prompts, rows, input_device(model))).float()
+    target = torch.as_tensor(prompts["target_id"].to_numpy()[rows], dtype=torch.long, device=logits.device)
     log_prob = logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
     return ranks(logits, target).cpu().numpy(), log_prob.cpu().numpy()
 

@@ -246,6 +246,8 @@ def _attention(leaf: Term, numbers: Sequence[float]) -> Attention:
         )
     if weight_of(atoms[0].call.module).shape[1] % heads:
         return Attention(leaf.call.module, leaf.path, None, 0, "an output projection that the heads do not divide")
+    if not _heads_are_slices(leaf.call, atoms[0].call.module, heads):
+        return Attention(leaf.call.module, leaf.path, None, 0, "heads that are mixed before the output projection")
     return Attention(leaf.call.module, atoms[0].path, atoms[0].call.module, heads)
 
 
@@ -285,7 +287,10 @@ def _router(layer: Call, experts: Call, attention: Sequence[Call]) -> nn.Module 
     for call in layer.all():
         if call is experts:
             return None
-        if id(call) not in elsewhere and call.output is not None and call.output.shape[-1] == count:
+        if id(call) in elsewhere or call.input is None or call.output is None:
+            continue
+        # What corrects numbers per expert gives such numbers too.
+        if call.output.shape[-1] == count != call.input.shape[-1]:
             return call.module
     return None
 
@@ -425,25 +430,87 @@ def _norm(call: Call) -> Norm | None:
     return norm if error <= TOLERANCE * torch.finfo(y.dtype).eps else None
 
 
-def _looks_back(call: Call) -> bool:
-    """Whether a token's output depends on the token before it: asked of the module itself."""
-    states = cast(Tensor, call.input)
-    changed = states.clone()
-    changed[-2] = states[-2].flip(-1) + 1
+def _heads_are_slices(call: Call, out_proj: nn.Module, heads: int) -> bool:
+    """Whether the input of the output projection is one slice a head, asked of the attention block itself.
+
+    That the slices of a sum add up says nothing about what they are. So there must be values whose removal leaves the
+    slices of the heads that read them at zero, and all others as they were (or in proportion, where a norm follows).
+    """
+    seen: list[Tensor] = []
+    handle = out_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, -2)))
+    try:
+        _again(call, cast(Tensor, call.input))
+        whole = seen.pop().unflatten(-1, (heads, -1)).float()
+        width = whole.shape[-1]
+        for linear in {c.module for c in call.all() if is_linear(c.module)} - {out_proj}:
+            for start, own in _first_values(weight_of(linear).shape[0], heads, width):
+                with _without(linear, start, width):
+                    _again(call, cast(Tensor, call.input))
+                left = seen.pop().unflatten(-1, (heads, -1)).float()
+                if not left[:, :own].any() and _in_proportion(left[:, own:], whole[:, own:]):
+                    return True
+        return False
+    finally:
+        handle.remove()
+
+
+def _first_values(total: int, heads: int, width: int) -> Iterator[tuple[int, int]]:
+    """Where the values of the first head can start in a projection, and how many heads share them.
+
+    Values come last, or of each head (of its query, key and value) last or in the middle.
+    """
+    for own in range(1, heads + 1):
+        if heads % own == 0 and total >= heads // own * width:
+            yield total - heads // own * width, own
+    if total % heads == 0 and total // heads > width:
+        yield total // heads - width, 1
+        yield width, 1
+
+
+@contextmanager
+def _without(linear: nn.Module, start: int, width: int) -> Iterator[None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        output = output.clone()
+        output[..., start : start + width] = 0
+        return output
+
+    handle = linear.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _in_proportion(x: Float[Tensor, "tokens heads width"], y: Float[Tensor, "tokens heads width"]) -> bool:
+    """Whether, token by token, x is y times a number that is not 0."""
+    size = (x * y).sum((1, 2), keepdim=True) / (y * y).sum((1, 2), keepdim=True).clamp_min(1e-30)
+    return not y.numel() or bool(((x - size * y).norm() <= 1e-2 * x.norm()) & (size != 0).all())
+
+
+def _again(call: Call, states: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+    """A module called once more as it was, but with other states; its output."""
     hit = False
 
     def other(x: Any) -> Any:
         nonlocal hit
         if not hit and _is_states(x):
             hit = True
-            return changed.view_as(x)
+            return states.view_as(x)
         return x
 
     args = tuple(other(x) for x in call.args)
     kwargs = {key: other(x) for key, x in call.kwargs.items()}
     output = call.module(*args, **kwargs)
     first = next(x for x in (output if isinstance(output, tuple | list) else [output]) if _is_states(x))
-    before, after = cast(Tensor, call.output)[-1].float(), first.flatten(0, -2)[-1].float()
+    return first.flatten(0, -2)
+
+
+def _looks_back(call: Call) -> bool:
+    """Whether a token's output depends on the token before it: asked of the module itself."""
+    states = cast(Tensor, call.input)
+    changed = states.clone()
+    changed[-2] = states[-2].flip(-1) + 1
+    before, after = cast(Tensor, call.output)[-1].float(), _again(call, changed)[-1].float()
     # Many entries by more than rounding, not the largest one alone: a few entries of some models are huge.
     return float(((before - after).abs() > 0.01 * before.abs()).float().mean()) > 0.1
 

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial, reduce
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -85,7 +85,7 @@ def capture(
     scores: list[tuple[Tensor, ...]] = []
     done = 0
     for batch in batches(answers["length"].to_numpy(), batch_size):
-        ids = token_tensor(answers, batch, model.device)
+        ids = token_tensor(answers, batch, input_device(model))
         found, logits = record(model, parts, ids)
         if not errors:
             errors = verify(model, parts, ids, found, logits)
@@ -138,6 +138,12 @@ def batches(lengths: Int[np.ndarray, " n"], batch_size: int) -> Iterator[Int[np.
         rows = np.flatnonzero(lengths == length)
         for start in range(0, len(rows), batch_size):
             yield rows[start : start + batch_size]
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its token ids: in memory, if its embedding lies on disk."""
+    weight = cast(Tensor, cast(nn.Module, model.get_input_embeddings()).weight)
+    return torch.device("cpu") if weight.is_meta else weight.device
 
 
 def token_tensor(tokens: pd.DataFrame, rows: Int[np.ndarray, " b"], device: torch.device) -> Int[Tensor, "b length"]:
@@ -197,7 +203,8 @@ def verify(
     """
     if not torch.equal(readout_logits(model, ids), logits):
         raise AnatomyError("the forward pass changes when it is recorded; refused, since nothing below would hold")
-    dtype = found["resid_final"].dtype
+    # Of the weights: some models keep their residual stream in float32 whatever they are cast to.
+    dtype = cast(Tensor, parts.unembedding.weight).dtype
     limit, rounding = TOLERANCE[dtype], 4 * torch.finfo(dtype).eps
     errors: dict[str, float] = {}
 
@@ -224,11 +231,10 @@ def verify(
         following = found.get(f"{layer.index + 1}.resid_pre", found["resid_final"])
         check("a layer's output = the next one's input", where, here["resid_post"], following)
     final = parts.final_norm
-    centred = (
-        found["resid_final"] - found["resid_final"].mean(-1, keepdim=True) if final.centred else found["resid_final"]
-    )
-    scaled = centred * found["norm_scale"].to(dtype).unsqueeze(-1) * final.gain + final.bias
-    raw = parts.unembedding(scaled).float() * parts.logit_scale
+    state = found["resid_final"].float()
+    centred = state - state.mean(-1, keepdim=True) if final.centred else state
+    scaled = centred * found["norm_scale"].unsqueeze(-1) * final.gain.float() + final.bias.float()
+    raw = parts.unembedding(scaled.to(dtype)).float() * parts.logit_scale
     capped = parts.softcap * torch.tanh(raw / parts.softcap) if parts.softcap else raw
     check("unembedding of the scaled final state = logits", "readout", capped, logits)
     return errors
@@ -238,7 +244,9 @@ def margins(scores: Float[Tensor, "*n experts"], k: int) -> Float[Tensor, "*n"]:
     """How clear the choice of experts is: (last chosen - first rejected score) / the larger size of the two.
 
     `scores` are those that the router's top-k really saw (with bias, after group limits). Below the relative
-    precision of a dtype (2^-8 for bfloat16) rounding can change the choice. A rejected score of -inf gives inf.
+    precision of a dtype (2^-8 for bfloat16) rounding of the scores alone can change the choice; rounding of what the
+    router reads can turn clearer ones, and so can a near tie between groups of experts, which is not seen. A rejected
+    score of -inf gives inf.
     """
     top = scores.float().topk(min(k + 1, scores.shape[-1]), dim=-1).values
     if top.shape[-1] <= k:

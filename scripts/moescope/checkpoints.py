@@ -146,7 +146,10 @@ def folder_of(description: Mapping[str, Any]) -> Path:
     else:
         config = try_to_load_from_cache(description["hub"], CONFIG, revision=description["commit"])
         name = f"{description['hub']} at {description['commit']}"
-        folder, mend = Path(config).parent if isinstance(config, str) else Path(name), "fetch it again"
+        folder, mend = (
+            Path(config).parent if isinstance(config, str) else Path(name),
+            (f"run `hf download {description['hub']} --revision {description['commit']}`"),
+        )
     gone = [name for name in description["files"] if not (folder / name).exists()]
     if gone:
         raise CheckpointError(f"{folder}/: {_few(gone)} {'is' if len(gone) == 1 else 'are'} gone; {mend}")
@@ -181,6 +184,8 @@ def load(
             raise CheckpointError(
                 f"{folder}/: a quantised checkpoint has its own dtype, not {dtype}; set dtype to auto"
             )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        check_tokenizer(config, tokenizer)
         placement: dict[str, Any] = {"device_map": {"cpu": None, "cuda": "cuda:0"}.get(device, device)}
         if device == "auto":
             bounds = {int(name) if name.isdigit() else name: size for name, size in (max_memory or {}).items()}
@@ -201,8 +206,6 @@ def load(
             **placement,
         )
         _check_whole(folder, found)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        check_tokenizer(config, tokenizer)
         weakref.finalize(model, stack.pop_all().close)
     return model.eval().requires_grad_(False), tokenizer
 

@@ -12,7 +12,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from moescope.facts import FactsError, Relation, did_you_mean, load_relations, malformed
-from moescope.sources import PRESETS, check
+from moescope.sources import PRESETS, SUFFIXES, check
 
 MOE_SHAPE = ("experts", "experts_per_token", "expert_width")
 DENSE_SHAPE = ("ffn_width",)
@@ -28,6 +28,8 @@ CHECKPOINT_FILES = (
 FACTS = "config/facts"
 SOURCES = ("toy", "hub", "folder")
 SECTIONS = ("datasets", "models")
+# Kinds of the files that a model in a folder is loaded from (those that checkpoints.describe names are among them).
+LOADED = (".safetensors", ".json", ".model", ".txt", ".tiktoken", ".jinja", ".py")
 # What a value that is not written as it should be is not, by the key of its entry; "" for the name of an entry.
 WRITTEN = {
     "": "is not a usable name: it becomes part of a path; start with a letter or digit and use only letters, digits,"
@@ -121,11 +123,18 @@ def source_files(dataset: Mapping[str, Any], fetched: Path) -> list[Path]:
     if "hub" in dataset:
         return [fetched]
     path = Path(dataset["path"])
-    if not path.is_dir():
-        return [path]
-    # Hidden folders hold what git and others keep there, which is not read.
-    seen = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-    return sorted(file for file in seen if file.is_file())
+    return _visible(path, SUFFIXES) if path.is_dir() else [path]
+
+
+def model_sources(model: Mapping[str, Any]) -> list[Path]:
+    """Of a model in a folder the files that it can be loaded from; none of what else lies there."""
+    return _visible(Path(model["folder"]), LOADED, "*") if "folder" in model else []
+
+
+def _visible(folder: Path, suffixes: Collection[str], pattern: str = "**/*") -> list[Path]:
+    """Files of these kinds in a folder, but in no hidden one, such as that of git."""
+    found = [path for path in folder.glob(pattern) if path.suffix.lower() in suffixes and path.is_file()]
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def wanted_relations(dataset: Mapping[str, Any]) -> list[str]:

@@ -52,11 +52,23 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """An untrained miniature in float32, its weights drawn from `seed`."""
+    """An untrained miniature in float32, its weights drawn from `seed`.
+
+    They hide nothing: large ones, and gains and biases that are not 1 and 0, which a trained model would not have.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         small = shrink(config)
-        return auto_class(small).from_config(small, dtype=torch.float32).eval()
+        model = auto_class(small).from_config(small, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        with torch.no_grad():
+            if weight.ndim >= 2:
+                weight.mul_(5)
+            elif weight.numel() > 1:
+                weight.mul_(torch.empty(weight.shape).uniform_(0.5, 1.5, generator=generator))
+                weight.add_(torch.empty(weight.shape).uniform_(-0.05, 0.05, generator=generator))
+    return model
 
 
 @torch.no_grad()

@@ -68,7 +68,7 @@ def efficiency(runs: Runs, partners: Mapping[str, str], bootstrap: Bootstrap) ->
             continue
         other = _per_prompt(runs[dataset, partners[model]])
         both = run["prompts"][run["prompts"]["prompt_id"].isin(other.index)]
-        for task, scope in _tasks(both):
+        for task, scope in _tasks(both) if len(both) else ():
             values = np.hstack([mine.loc[scope["prompt_id"]], other.loc[scope["prompt_id"]]])
             means = bootstrap.means(values, scope["subject"])
             summary = bootstrap.summary(means[:, : len(METRICS)] - means[:, len(METRICS) :])

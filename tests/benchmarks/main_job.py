@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from moescope import ablations, capture, facts, models, toy
+from moescope import ablations, anatomy, capture, facts, toy
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -40,7 +40,7 @@ def paired(one, other, pairs):
 @torch.no_grad()
 def capture_against_plain(model, tokens):
     """Recording of one batch against a plain forward pass of the same batch."""
-    parts = models.anatomy(model)
+    parts = anatomy.find(model)
     lengths = tokens["length"].to_numpy()
     rows = max(capture.batches(lengths, 128), key=len)
     ids = capture.token_tensor(tokens, rows, torch.device("cpu"))
@@ -49,8 +49,8 @@ def capture_against_plain(model, tokens):
 
 def blocking_against_singles(model, tokens):
     """One prompt and one set of experts at a time against many of both in a batch, per measurement."""
-    parts = models.anatomy(model)
-    _, prompts, _ = capture.capture(model, parts, tokens, 128)
+    parts = anatomy.find(model)
+    _, prompts, _ = capture.in_memory(model, parts, tokens, 128)
     rng = np.random.default_rng(0)
     prompts = prompts.iloc[rng.choice(len(prompts), 48, replace=False)].reset_index(drop=True)
     prompts["relation"] = "one"

@@ -48,6 +48,9 @@ def test_train_toy(run_rule, finished):
     report = json.loads(paths[-1].read_text())
     assert report["model"] == "small-dense"
     assert report["mrr_without"]["ffn"] < 0.5
+    described = json.loads(paths[0].read_text())
+    assert (described["source"], described["folder"]) == ("toy", "results/models/small-dense")
+    assert set(described["files"]) == set(config.CHECKPOINT_FILES) - {"model.json", "training.json"}
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = paths[0].parent
@@ -67,13 +70,16 @@ def test_capture(run_rule, finished):
         for name in cache.keys():
             assert np.array_equal(cache.get_tensor(name), before.get_tensor(name)), name
             assert len(cache.get_tensor(name)) == len(table)
-        assert cache.get_tensor("prompt_id").tolist() == table["prompt_id"].tolist()
+        # The cache is written as the prompts run, in batches of equal length.
+        assert sorted(cache.get_tensor("prompt_id").tolist()) == table["prompt_id"].tolist()
+        assert not cache.get_tensor("step").any()
         per_layer = {name.split(".", 1)[1] for name in cache.keys() if name.startswith("0.")}
     assert per_layer == {
         "resid_pre",
         "resid_mid",
         "head_in",
         "router_logits",
+        "router_margin",
         "expert_ids",
         "expert_weights",
         "expert_acts",
@@ -82,14 +88,14 @@ def test_capture(run_rule, finished):
         "shared.0.gate",
     }
     found = artifacts.table_provenance(prompts)
-    digest = artifacts.file_digest(finished / "results/models/small-moe/model.safetensors")
-    assert (found["model_commit"], found["dtype"], found["device"]) == (digest, "float32", "cpu")
+    commit = artifacts.read_json(finished / "results/models/small-moe/model.json")["commit"]
+    assert (found["model_commit"], found["dtype"], found["device"]) == (commit, "float32", "cpu")
     assert max(found["verified"].values()) < 1e-5
     assert {"settings", "settings_digest", "code_digest", "dataset_digest", "versions", "time"} <= set(found)
 
 
 def test_gather_prompts(run_rule):
-    targets = [f"{RESULTS}/{name}" for name in ("prompts.parquet", "dropped.parquet", "activations/index.json")]
+    targets = [f"{RESULTS}/{name}" for name in ("captured.parquet", "dropped.parquet", "activations/index.json")]
     prompts, _, index = run_rule("gather_prompts", *targets)
     table = artifacts.read_table(prompts, "prompts")
     assert table["prompt_id"].is_monotonic_increasing
@@ -97,17 +103,31 @@ def test_gather_prompts(run_rule):
     assert (table["rank"] >= 1).all()
     assert (table["log_prob"] <= 0).all()
     assert all(row.target_id in row.accepted_ids for row in table.itertuples())
+    assert all(row.target_ids.tolist() == [row.target_id] for row in table.itertuples())
     found = json.loads(index.read_text())
     assert found["shards"]["0.safetensors"]["resid_final"] == [[len(table), 64], "F32"]
     assert found["provenance"]["model_commit"]
 
 
+def test_filter_known_keeps_all_by_default(run_rule):
+    kept, unknown = run_rule("filter_known", f"{RESULTS}/prompts.parquet", f"{RESULTS}/unknown.parquet")
+    captured = kept.with_name("captured.parquet")
+    pd.testing.assert_frame_equal(
+        artifacts.read_table(kept, "prompts"), artifacts.read_table(captured, "prompts"), check_exact=True
+    )
+    assert artifacts.read_table(unknown, "unknown").empty
+    named, before = (artifacts.names(artifacts.table_provenance(path)) for path in (kept, captured))
+    assert named == before
+    assert len(named) == len(artifacts.NAMES)
+
+
 def test_attribute(run_rule):
-    targets = [f"{RESULTS}/attribution/{level}.parquet" for level in ("layers", "heads", "experts")]
+    targets = [f"{RESULTS}/attribution/{level}.parquet" for level in ("layers", "heads", "experts", "margins")]
     paths = run_rule("attribute", *targets)
-    layers, heads, experts = (artifacts.read_table(path, path.stem) for path in paths)
+    layers, heads, experts, margins = (artifacts.read_table(path, path.stem) for path in paths)
     n = len(prompts_of(paths[0].parents[4]))
-    assert (len(layers), len(heads), len(experts)) == (n * 3, n * 3 * 4, n * 3 * 3)
+    assert [len(table) for table in (layers, heads, experts, margins)] == [n * 3, n * 3 * 4, n * 3 * 3, n * 3]
+    assert (margins["smallest"] <= margins["margin"]).all()
     assert dict(layers.dtypes.astype(str)) == {
         "prompt_id": "int32",
         "layer": "int16",
@@ -159,7 +179,7 @@ def test_keep_only(run_rule):
 @pytest.mark.parametrize(
     ("rule", "names"),
     [
-        ("summarise_attribution", ["efficiency", "stages", "gains", "heads", "experts"]),
+        ("summarise_attribution", ["efficiency", "stages", "gains", "heads", "experts", "near_ties"]),
         ("summarise_interventions", ["blocking", "keep_only"]),
     ],
 )
@@ -198,16 +218,17 @@ def test_plots(run_rule, finished, figure):
 
 def test_every_rule_writes_its_log_and_benchmark(finished):
     rules = {path.name for path in (finished / "results/logs").iterdir() if path.is_dir()}
-    assert {"write_dataset", "train_toy", "capture", "gather_prompts", "attribute", "block_experts"} <= rules
+    by_rule = {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known", "attribute", "block_experts"}
+    assert by_rule <= rules
     logs = list((finished / "results/logs").rglob("*.log"))
-    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 20
+    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 22
     verified = (finished / "results/logs/capture/facts/small-moe/0.log").read_text()
-    assert "sum of heads = attention output" in verified
+    assert "sum of heads = what attention adds to the residual stream" in verified
 
 
-def test_the_report_holds_every_figure_and_table(finished, tmp_path):
+def test_the_report_holds_every_figure_and_table(copy_of_finished, tmp_path):
     report = tmp_path / "report.html"
-    small.snakemake(finished, "--report", str(report))
+    small.snakemake(copy_of_finished, "--report", str(report))
     text = report.read_text()
     for figure in ("gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only"):
         assert f"facts.{figure}.svg" in text
@@ -217,6 +238,6 @@ def test_the_report_holds_every_figure_and_table(finished, tmp_path):
         "199 (fewer if any were dropped",
         "95% percentile bootstrap, 100",
         "seed 0",
-        "findings about toy models",
+        "finding about toy models",
     ):
         assert words in text, words

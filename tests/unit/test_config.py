@@ -1,21 +1,27 @@
 """Bad configurations get sentences: file, key, value and mend, all of them at once."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moescope import config
+from moescope import config, published, sources
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
 DEFAULT = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+TABLE = {"format": "table", "path": "towns.csv"}
+COLUMNS = {"subject": "country", "object": "capital", "template": "text"}
+FOLDER = {"folder": "model", "kind": "moe"}
+HUB = {"hub": "owner/model", "kind": "moe"}
+DENSE = {"toy": {"architecture": "llama", "layers": 4, "ffn_width": 128}}
 
 
 def errors_of(change, fact_folder):
     raw = copy.deepcopy(DEFAULT)
-    raw["datasets"]["facts"]["folder"] = str(fact_folder)
+    raw["datasets"]["facts"]["path"] = str(fact_folder)
     change(raw)
     with pytest.raises(config.ConfigError) as caught:
         config.resolve(raw, SCHEMA, "config.yaml")
@@ -40,6 +46,26 @@ def drop(path):
         del raw[key]
 
     return change
+
+
+def model(**settings):
+    return put("models.mine", settings)
+
+
+def dataset(**settings):
+    return put("datasets.mine", settings)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with files of public data sets, and a folder that a model could be in."""
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("towns.csv").write_text("country,capital,text\nFrance,Paris,The capital of {} is\n")
+    Path("nothing.csv").write_text("country,capital,text\n")
+    Path("lre/factual").mkdir(parents=True)
+    relation = {"prompt_templates": ["The capital of {} is"], "samples": [{"subject": "France", "object": "Paris"}]}
+    Path("lre/factual/country_capital_city.json").write_text(json.dumps(relation))
 
 
 @pytest.mark.parametrize(
@@ -97,11 +123,14 @@ def drop(path):
         (put("models", {"..": {"toy": {"architecture": "llama", "layers": 3}}}), "models: '..' is not a usable name"),
         (put("datasets.tables", {}), "datasets: 'tables' is the name of a folder of results; choose another name"),
         (put("toy_training.dataset", "fact"), "toy_training.dataset: 'fact' is not a data set; did you mean 'facts'?"),
-        (put("datasets.facts.folder", "nowhere"), "datasets.facts.folder: 'nowhere' holds no fact file (*.yaml)"),
-        (put("datasets.facts.relations", ["../x"]), "datasets.facts.relations.0: '../x' is not a usable name"),
+        (put("datasets.facts.path", "nowhere"), "datasets.facts.path: 'nowhere' holds no fact file (*.yaml)"),
+        (put("datasets.facts.relations", ["../x"]), "datasets.facts.relations: '../x' is not a usable name"),
         (put("datasets.facts.relations", ["country_capitol"]), "country_capitol.yaml: no such fact file"),
         (put("tasks", ["entity"]), "country_capital.yaml:2: task: 'geography' is not a known task; known: entity"),
         (put("models", None), "models: None is not of type object"),
+        (put("models", {1: DENSE}), "config.yaml: models: 1 is not text; write the name in quotes, or choose another"),
+        (put("models", {"source": DENSE}), "models: 'source' is the name of a folder of results; choose another name"),
+        (put("lens.norm", "real"), "config.yaml: lens.norm: 'real' is not a known value; known: fixed, reference"),
         (drop("models"), "config.yaml: models: missing; Models by name."),
     ],
 )
@@ -109,6 +138,164 @@ def test_each_error_is_a_sentence(fact_folder, change, sentence):
     found = errors_of(change, fact_folder)
     assert any(sentence in error for error in found), found
     assert len(found) <= 2, found
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (DENSE | {"hub": "a/b"}, "mine: toy and hub given; give just one of toy, hub, folder"),
+        (HUB | FOLDER, "mine: hub and folder given; give just one of toy, hub, folder"),
+        ({}, "mine: nothing given; give just one of toy, hub, folder"),
+        ({"folder": "model"}, "mine.kind: missing; say moe or dense, so that the jobs are known before the model is"),
+        (DENSE | {"kind": "dense"}, "mine.kind: a toy model says it by its architecture; remove it"),
+        (HUB | {"kind": "sparse"}, "mine.kind: 'sparse' is not a known value; known: moe, dense"),
+        (FOLDER | {"folder": "modl"}, "mine.folder: 'modl' is not a folder; mend the path, which is relative to the"),
+        (FOLDER | {"folder": "towns.csv"}, "mine.folder: 'towns.csv' is not a folder; mend the path"),
+        (
+            HUB | {"hub": "a/b/c"},
+            "mine.hub: 'a/b/c' is not the name of a repository of the hub; write it as owner/name",
+        ),
+        (HUB | {"revision": ""}, "mine.revision: empty; fill it in, or remove the key"),
+        (HUB | {"revision": 1234567}, "mine.revision: 1234567 is not of type string; Commit, tag or branch of the hub"),
+        (FOLDER | {"revision": "v2"}, "mine.revision: only a model of the hub has one; remove it"),
+        (
+            FOLDER | {"dtype": "fp16"},
+            "mine.dtype: 'fp16' is not a known value; known: auto, float32, bfloat16, float16",
+        ),
+        (
+            FOLDER | {"trust_remote_code": "yes"},
+            "mine.trust_remote_code: 'yes' is not of type boolean; Run Python code",
+        ),
+        (FOLDER | {"published": "OLMoe"}, "mine.published: 'OLMoe' is not a known value; did you mean 'OLMoE'?"),
+        (FOLDER | {"memory_gb": 0}, "mine.memory_gb: 0 must be more than 0"),
+        (FOLDER | {"gpus": 0}, "mine.gpus: 0 is too small; at least 1 is needed"),
+        (
+            FOLDER | {"gpus": 2, "device": "cuda"},
+            "mine.gpus: 2 asked for, but device cuda is one GPU; set device to auto",
+        ),
+        (FOLDER | {"max_memory": {0: "40GiB"}}, "mine.max_memory: only means something with device auto, not cpu"),
+        (
+            FOLDER | {"device": "auto", "max_memory": {"gpu": "40GiB"}},
+            "mine.max_memory: 'gpu' is neither a device (the number of a GPU, or cpu) nor a size (such as 40GiB); mend",
+        ),
+        (FOLDER | {"device": "auto", "max_memory": {0: "all"}}, "mine.max_memory.0: 'all' is neither a device"),
+        (FOLDER | {"dense_partner": "toy-lama"}, "dense_partner: 'toy-lama' is not a model; did you mean 'toy-llama'?"),
+        (FOLDER | {"kind": "dense", "dense_partner": "toy-llama"}, "'mine' is dense itself; only a Mixture-of-Experts"),
+    ],
+)
+def test_each_error_of_a_model_is_one_sentence(fact_folder, settings, sentence):
+    [found] = errors_of(model(**settings), fact_folder)
+    assert found.startswith("config.yaml: models.mine")
+    assert sentence in found
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (TABLE | {"columns": COLUMNS, "format": "csv"}, "mine.format: 'csv' is not a known value; known: facts, lre, "),
+        ({"format": "lre"}, "mine: no path given; give path or hub"),
+        ({"format": "lre", "path": "lre", "hub": "a/b"}, "mine: both path and hub given; give path or hub"),
+        ({"format": "lre", "hub": "a b"}, "mine.hub: 'a b' is not the name of a repository of the hub"),
+        ({"hub": "a/b"}, "mine.hub: fact files are local; give the folder as path, or the format of 'a/b'"),
+        ({"format": "lre", "path": "lrre"}, "mine: lrre: no such file or folder; mend the path, or put the data set"),
+        (TABLE | {"columns": COLUMNS, "path": "nothing.csv"}, "mine: nothing.csv: holds no record; give a file with"),
+        (
+            TABLE | {"columns": COLUMNS | {"object": "captial"}},
+            "mine: towns.csv: columns.object: no column 'captial'; did you mean 'capital'?",
+        ),
+        (TABLE | {"columns": COLUMNS | {"sbject": "x"}}, "columns.sbject: not a known key; did you mean 'subject'?"),
+        (
+            TABLE | {"columns": {"subject": "country", "object": "capital"}},
+            "mine: towns.csv: columns: give one of prompt (its full text) and template (with {} for the subject)",
+        ),
+        (
+            {"format": "popqa", "path": "towns.csv"},
+            "towns.csv: format popqa: no column 'subj'; known: country, capital",
+        ),
+        (
+            {"format": "lre", "path": "lre", "columns": COLUMNS},
+            "mine.columns: format lre has columns of its own; use format table, or remove columns",
+        ),
+        (
+            {"format": "lre", "path": "lre", "relations": ["country_capital"]},
+            "mine: lre: relations: no relation 'country_capital'; did you mean 'country_capital_city'?",
+        ),
+        (
+            {"format": "lre", "path": "lre", "preset": "ka"},
+            "mine: lre: relations: no relation 'object_superclass'; known: country_capital_city",
+        ),
+        (
+            {"format": "lre", "path": "lre", "preset": "kaa"},
+            "mine.preset: 'kaa' is not a known value; did you mean 'ka'?",
+        ),
+        (
+            {"format": "lre", "path": "lre", "preset": "ka", "relations": ["country_capital_city"]},
+            "mine.relations: preset names relations already; remove one of the two",
+        ),
+        ({"preset": "ka"}, "mine.preset: 'ka' names LRE relations; use it with format lre, or list relations"),
+        (
+            {"format": "lre", "path": "lre", "templates": "held_out"},
+            "mine.templates: a public data set has no held_out templates; remove the key",
+        ),
+        (
+            {"format": "lre", "path": "lre", "revision": "v2"},
+            "mine.revision: only a data set of the hub has one; remove",
+        ),
+        ({"format": "lre", "path": "lre", "files": "*.json"}, "mine.files: only a data set of the hub has one; remove"),
+        ({"answer": "first"}, "mine.answer: 'first' is not a known value; did you mean 'first_token'?"),
+        ({"known": -1}, "mine.known: -1 is too small; at least 0 is needed"),
+        ({"known": "10"}, "mine.known: '10' is not of type integer; Keep only prompts whose target has at most this"),
+    ],
+)
+def test_each_error_of_a_data_set_is_a_sentence(fact_folder, settings, sentence):
+    own = {"path": str(fact_folder)} if settings.keys() <= {"preset", "answer", "known"} else {}
+    found = errors_of(dataset(**own, **settings), fact_folder)
+    assert any(sentence in error for error in found), found
+    assert all("datasets.mine" in error for error in found)
+    # One sentence for each column, and for each relation, that is not there.
+    several = settings.get("format") == "popqa" or settings.get("preset") == "ka"
+    assert len(found) == 1 or several, found
+
+
+@pytest.mark.usefixtures("here")
+def test_toys_learn_fact_files_and_no_public_data_set(fact_folder):
+    def change(raw):
+        raw["datasets"]["towns"] = TABLE | {"columns": COLUMNS}
+        raw["toy_training"] = {"dataset": "towns"}
+
+    sentence = "toy_training.dataset: 'towns' has no held-out templates; name a data set of fact files"
+    assert errors_of(change, fact_folder) == [f"config.yaml: {sentence}"]
+
+
+@pytest.mark.usefixtures("here")
+def test_without_toys_and_fact_files_nothing_is_asked_of_them():
+    Path("lre/.git").mkdir()
+    Path("lre/.git/index").write_text("")
+    raw = {
+        "datasets": {
+            "lre": {"format": "lre", "path": "lre", "relations": ["country_capital_city"]},
+            "towns": TABLE | {"columns": COLUMNS},
+            "far": {"format": "popqa", "hub": "owner/facts", "revision": "v1", "files": "*.tsv", "preset": "ka"},
+        },
+        "models": {
+            "folder": FOLDER | {"dense_partner": "hub"},
+            "hub": HUB | {"kind": "dense", "device": "auto", "gpus": 2, "max_memory": {0: "40GiB", "cpu": "100 GB"}},
+        },
+    }
+    found, relations = config.resolve(raw, SCHEMA, "config.yaml")
+    assert relations == {}
+    lre, towns, far = found["datasets"].values()
+    assert (lre["templates"], lre["answer"], lre["known"]) == ("all", "first_token", 0)
+    assert [config.is_moe(model) for model in found["models"].values()] == [True, False]
+    # As YAML reads it, the GPU is a number; as a setting it can be sorted and recorded.
+    assert found["models"]["hub"]["max_memory"] == {"0": "40GiB", "cpu": "100 GB"}
+    assert config.source_files(lre, Path("x")) == [Path("lre/factual/country_capital_city.json")]
+    assert config.source_files(towns, Path("x")) == [Path("towns.csv")]
+    assert config.source_files(far, Path("results/far/source.json")) == [Path("results/far/source.json")]
+    assert config.wanted_relations(lre) == ["country_capital_city"]
+    assert config.wanted_relations(far)[1] == "country_capital_city"
 
 
 def test_all_errors_come_at_once(fact_folder):
@@ -135,7 +322,7 @@ def test_all_errors_come_at_once(fact_folder):
 
 def test_defaults_are_filled_at_every_depth_and_the_input_is_left_alone(fact_folder):
     raw = copy.deepcopy(DEFAULT)
-    raw["datasets"]["facts"]["folder"] = str(fact_folder)
+    raw["datasets"]["facts"]["path"] = str(fact_folder)
     before = copy.deepcopy(raw)
     found, relations = config.resolve(raw, SCHEMA, "config.yaml")
     assert raw == before
@@ -149,11 +336,13 @@ def test_defaults_are_filled_at_every_depth_and_the_input_is_left_alone(fact_fol
 
 
 def test_every_key_of_the_schema_is_described_and_optional_ones_have_defaults():
+    # Keys that only some entries have: a toy's shape, one of several sources, a table's columns.
+    some = {*config.MOE_SHAPE, *config.DENSE_SHAPE, *config.SOURCES, *sources.WORDS, "path", "kind", "templates"}
+
     def walk(schema, path):
         for key, sub in schema.get("properties", {}).items():
             assert sub.get("description"), f"{path}.{key}"
-            shape_of_one_kind = key in {*config.MOE_SHAPE, *config.DENSE_SHAPE}
-            assert "default" in sub or key in schema.get("required", []) or shape_of_one_kind, f"{path}.{key}"
+            assert "default" in sub or key in {*schema.get("required", []), *some}, f"{path}.{key}"
             walk(sub, f"{path}.{key}")
         rest = schema.get("additionalProperties")
         if schema.get("type") == "object":
@@ -164,8 +353,32 @@ def test_every_key_of_the_schema_is_described_and_optional_ones_have_defaults():
     walk(SCHEMA, "")
 
 
+def test_what_a_key_allows_is_what_the_code_knows():
+    datasets, models = (
+        SCHEMA["properties"][section]["additionalProperties"]["properties"] for section in config.SECTIONS
+    )
+    assert datasets["format"]["enum"] == ["facts", *sources.FORMATS]
+    assert datasets["preset"]["enum"] == ["", *sources.PRESETS]
+    assert list(datasets["columns"]["properties"]) == list(sources.WORDS)
+    assert models["published"]["enum"] == ["", *published.MODELS]
+
+
 def test_the_default_configuration_needs_nothing_but_its_models_and_facts(monkeypatch):
     monkeypatch.chdir(ROOT)
     found, relations = config.resolve(DEFAULT, SCHEMA, "config/config.yaml")
     assert sum(config.is_moe(model) for model in found["models"].values()) == 3
     assert len(relations["facts"]) >= 16
+
+
+def test_the_configuration_of_the_paper_pairs_its_models_and_prints_its_numbers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    paper = yaml.safe_load((ROOT / "config/paper.yaml").read_text())
+    found, relations = config.resolve(paper, SCHEMA, "config/paper.yaml")
+    models = found["models"]
+    pairs = {
+        model["published"]: models[model["dense_partner"]]["published"]
+        for model in models.values()
+        if config.is_moe(model)
+    }
+    assert pairs == {"Qwen1.5-MoE": "Qwen1.5-7B", "OLMoE": "Llama-7B", "Mixtral-8x7B": "Mistral-7B"}
+    assert len(relations["ka"]) == len(sources.PRESETS["ka"]) == 5

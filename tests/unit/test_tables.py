@@ -35,7 +35,9 @@ def run(ffn=FFN, prompts=PROMPTS):
             "lpi": [4.0, 1.0, 2.0, 1.0, -2.0, 1.0, 6.0, 1.0],
         }
     )
-    return {"prompts": prompts, "layers": layers.iloc[order], "heads": heads.iloc[order], "experts": experts.iloc[::-1]}
+    margins = pd.DataFrame({"prompt_id": [3, 5, 8, 9], "layer": 0, "margin": 0.5, "smallest": [0.001, 0.1, 0.1, 0.1]})
+    tables = {"layers": layers.iloc[order], "heads": heads.iloc[order], "experts": experts.iloc[::-1]}
+    return {"prompts": prompts, "margins": margins, **tables}
 
 
 RUNS = {("facts", "moe"): run(), ("facts", "dense"): run(FFN / 2) | {"experts": run()["experts"].iloc[:0]}}

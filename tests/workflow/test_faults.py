@@ -2,13 +2,13 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-import yaml
 
 import small
 
@@ -16,7 +16,7 @@ import small
 def write_config(folder, change):
     config = copy.deepcopy(small.SMALL)
     change(config)
-    (folder / "config/config.yaml").write_text(yaml.safe_dump(config))
+    small.configure(folder, config)
 
 
 def test_all_errors_come_before_any_job(tmp_path):
@@ -27,8 +27,13 @@ def test_all_errors_come_before_any_job(tmp_path):
         config["models"]["small-moe"]["dense_partner"] = "small-dens"
         config["datasets"]["facts"]["relations"].append("nowhere")
         config["models"]["a/b"] = config["models"]["small-dense"]
+        config["models"]["both"] = config["models"]["small-dense"] | {"hub": "owner/model"}
+        config["models"]["unsaid"] = {"folder": "config"}
+        columns = {"subject": "country", "object": "captial", "template": "text"}
+        config["datasets"]["towns"] = {"format": "table", "path": "towns.csv", "columns": columns}
 
     write_config(folder, change)
+    (folder / "towns.csv").write_text("country,capital,text\nFrance,Paris,The capital of {} is\n")
     facts = folder / "config/facts/animal_young.yaml"
     facts.write_text(facts.read_text() + "  cow: heifer\n")
     printed = small.snakemake(folder, check=False)
@@ -39,6 +44,9 @@ def test_all_errors_come_before_any_job(tmp_path):
         "config/facts/nowhere.yaml: no such fact file",
         "duplicate fact 'cow', first given on line",
         "models: 'a/b' is not a usable name",
+        "models.both: toy and hub given; give just one of toy, hub, folder",
+        "models.unsaid.kind: missing; say moe or dense",
+        "datasets.towns: towns.csv: columns.object: no column 'captial'; did you mean 'capital'?",
     ):
         assert sentence in printed, printed
     assert "Traceback" not in printed
@@ -60,9 +68,12 @@ def test_a_target_of_a_misspelt_model_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["train_toy", "capture", "block_experts"])
-def test_a_killed_run_is_finished_by_the_same_command(tmp_path, finished, stage):
+def test_a_killed_run_is_finished_by_the_same_command(tmp_path, finished, copy_of_finished, stage):
     """SIGKILL of the whole process group in the middle of a stage; the lock is stale and the outputs half-made."""
-    folder = small.make(tmp_path / "run")
+    folder = copy_of_finished
+    for made in (folder / "results").iterdir():
+        if made.name != "models" or stage == "train_toy":
+            shutil.rmtree(made)
     command = [sys.executable, "-m", "snakemake", "--cores", "2", "tables"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
@@ -106,8 +117,9 @@ def test_a_truncated_file_is_named(copy_of_finished, file, rule, target):
     assert "delete it and run again" in printed
 
 
-def test_shards_and_batches_change_no_table(tmp_path, finished):
-    folder = small.make(tmp_path / "run", small.SMALL | {"shards": 3})
+def test_shards_and_batches_change_no_table(copy_of_finished, finished):
+    folder = small.configure(copy_of_finished, small.SMALL | {"shards": 3, "batch_size": 7})
+    assert {"capture": 6, "keep_only": 1}.items() <= small.planned(folder, "tables").items()
     small.snakemake(folder, "tables")
     shards = sorted(path.name for path in (folder / "results/facts/small-moe/activations").glob("*.safetensors"))
     assert shards == ["0.safetensors", "1.safetensors", "2.safetensors"]

@@ -3,13 +3,13 @@
 import os
 
 import pytest
-import yaml
 
 import small
 
 PLOTS = {f"plot_{name}" for name in ("gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only")}
 AFTER_ATTRIBUTION = {"attribute", "block_experts", "summarise_attribution", "summarise_interventions", *PLOTS}
-AFTER_MODELS = {"capture", "gather_prompts", "keep_only", *AFTER_ATTRIBUTION}
+AFTER_FILTER = {"filter_known", "keep_only", *AFTER_ATTRIBUTION}
+AFTER_MODELS = {"capture", "gather_prompts", *AFTER_FILTER}
 EVERYTHING = {"write_dataset", "train_toy", *AFTER_MODELS}
 
 
@@ -19,9 +19,9 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
-def test_a_second_run_does_nothing(finished):
-    before = {path: path.stat().st_mtime_ns for path in (finished / "results").rglob("*") if path.is_file()}
-    assert "Nothing to be done" in small.snakemake(finished)
+def test_a_second_run_does_nothing(copy_of_finished):
+    before = {path: path.stat().st_mtime_ns for path in (copy_of_finished / "results").rglob("*") if path.is_file()}
+    assert "Nothing to be done" in small.snakemake(copy_of_finished)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
@@ -81,13 +81,15 @@ def test_an_edited_fact_reruns_what_depends_on_it(copy_of_finished):
         ),
         ("keep_only", {"top": [1, 2]}, {"keep_only", "summarise_interventions", "plot_blocking", "plot_keep_only"}),
         ("statistics", {"confidence": 0.9}, {"summarise_attribution", "summarise_interventions", *PLOTS}),
+        ("lens", {"norm": "reference"}, AFTER_ATTRIBUTION),
+        ("datasets", {"facts": small.SMALL["datasets"]["facts"] | {"known": 10}}, AFTER_FILTER),
+        ("datasets", {"facts": small.SMALL["datasets"]["facts"] | {"answer": "argmax"}}, AFTER_MODELS),
         ("toy_training", {"epochs": 4}, {"train_toy", *AFTER_MODELS}),
         ("toy_training", {"epochs": 3, "dataset": "facts"}, set()),
     ],
 )
 def test_a_setting_reruns_what_it_reaches(copy_of_finished, section, change, rules):
-    config = small.SMALL | {section: small.SMALL[section] | change}
-    (copy_of_finished / "config/config.yaml").write_text(yaml.safe_dump(config))
+    small.configure(copy_of_finished, small.SMALL | {section: small.SMALL.get(section, {}) | change})
     assert set(small.planned(copy_of_finished)) == rules
 
 
@@ -103,12 +105,12 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path):
     ("target", "rules"),
     [
         ("models", {"write_dataset", "train_toy"}),
-        ("activations", {"write_dataset", "train_toy", "capture", "gather_prompts"}),
-        ("attribution", {"write_dataset", "train_toy", "capture", "gather_prompts", "attribute"}),
+        ("activations", {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known"}),
+        ("attribution", {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known", "attribute"}),
         ("interventions", EVERYTHING - PLOTS - {"summarise_attribution", "summarise_interventions"}),
         ("tables", EVERYTHING - PLOTS),
     ],
 )
 def test_stage_targets(tmp_path, target, rules):
     folder = small.make(tmp_path / "run")
-    assert set(small.planned(folder, target)) - {target} == rules
+    assert set(small.planned(folder, target)) == rules

@@ -6,7 +6,7 @@ OUTPUT  results/{dataset}/{model}/captured.parquet                   prompts, ta
         results/{dataset}/{model}/unknown.parquet                    the others: prompts that the model does not know
         results/{dataset}/{model}/dropped.parquet                    prompts that cannot be used, with the reason
         results/{dataset}/{model}/activations/{shard}.safetensors    the cache (capture.capture lists its tensors)
-        results/{dataset}/{model}/activations/{shard}.parquet        the prompts of a shard, in its order
+        results/{dataset}/{model}/activations/{shard}.parquet        the prompts of a shard; the cache names them by prompt_id
         results/{dataset}/{model}/activations/index.json             shards, tensors, provenance, verified equations
 """
 

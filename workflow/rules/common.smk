@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 LIBRARY = (
     "ablations anatomy artifacts attribution capture checkpoints config facts intervene lens logs miniature models"
-    " plots published sources stats tables toy __init__"
+    " planted plots published sources stats tables toy __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
@@ -20,7 +20,8 @@ for name in LIBRARY:
 sys.path.append(str(SCRIPTS))
 
 from moescope.artifacts import digest
-from moescope.config import CHECKPOINT_FILES, ConfigError, is_moe, resolve, source_files, wanted_relations, yaml_error
+from moescope.config import CHECKPOINT_FILES, ConfigError, is_moe, model_sources, resolve, source_files
+from moescope.config import wanted_relations, yaml_error
 from moescope.facts import n_prompts
 
 CONFIG_FILE = "config/config.yaml"

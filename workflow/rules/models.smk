@@ -39,9 +39,7 @@ rule train_toy:
 rule describe_model:
     """Fetch a model or look into its folder, check it as far as that can be done without running it, describe it."""
     input:
-        lambda wildcards: sorted(
-            str(file) for file in Path(MODELS[wildcards.model].get("folder", "no folder")).glob("*") if file.is_file()
-        ),
+        lambda wildcards: model_sources(MODELS[wildcards.model]),
     output:
         description="results/models/{model}/model.json",
     log:
