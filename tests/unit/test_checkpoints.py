@@ -245,7 +245,9 @@ def test_a_description_whose_files_are_gone_is_refused(folder):
     with pytest.raises(CheckpointError, match=r"olmoe/: config.json, .* and 11 more are gone; put it back"):
         folder_of(found)
     gone = found | {"source": "hub", "hub": "nobody/nothing", "commit": "0" * 40}
-    with pytest.raises(CheckpointError, match=r"nobody/nothing at 0+/: .* are gone; run `hf download nobody/nothing --revision"):
+    with pytest.raises(
+        CheckpointError, match=r"nobody/nothing at 0+/: .* are gone; run `hf download nobody/nothing --revision"
+    ):
         folder_of(gone)
 
 
