@@ -192,7 +192,8 @@ Any causal language model whose parts add up can be studied; there is no list of
 of a hub or folder model are loaded, a miniature of it (its own configuration with small sizes, random weights) is built
 and taken apart; the real weights are checked again on the first prompts. What miniatures of the default configurations
 show, for every causal language model of transformers {transformers} (torch {torch}), and for those image-text models
-with experts that it has no causal one of:
+with experts that it has no causal one of (a trained constant can still make a difference: gemma4 is refused where its
+layer_scalar is not 1):
 
 - {n_moe} families with experts: {experts} add up down to their routed experts, {layers} down to layers only, {refused}
   are refused, {no_miniature} have no miniature, since their default configuration is not complete (a real one may be);

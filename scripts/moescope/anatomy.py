@@ -84,7 +84,12 @@ def find(model: PreTrainedModel) -> Anatomy:
     unembedding = model.get_output_embeddings()
     if not isinstance(unembedding, nn.Linear):
         raise AnatomyError(f"{name}: no linear unembedding found; this is not a causal language model")
+    dtype = str(model.dtype).removeprefix("torch.")
+    if model.dtype == torch.float64:
+        raise AnatomyError(f"{name}: float64 is more than is recorded here; set dtype to float32")
     root, logits = _watch(model)
+    if not logits.isfinite().all():
+        raise AnatomyError(f"{name}: its logits are not finite in {dtype}; set dtype to bfloat16 or float32")
     numbers = sorted({1.0, *_numbers(model.config.get_text_config().to_dict())})
     blocks = _stack(root, unembedding.in_features, name)
     layers = tuple(_layer(index, call, numbers) for index, call in enumerate(blocks))
@@ -92,7 +97,9 @@ def find(model: PreTrainedModel) -> Anatomy:
     norm = next((_norm(c) for c in root.all() if c not in blocks and _same(c.input, last) and _norm(c)), None)
     if norm is None:
         raise AnatomyError(f"{name}: no norm found between the last layer and the unembedding")
-    scale, softcap = _readout(unembedding(norm.module(last)), logits, numbers, name)
+    # Some models keep their residual stream in float32 whatever their weights are in.
+    raw = unembedding(norm.module(last).to(unembedding.weight.dtype))
+    scale, softcap = _readout(raw, logits, numbers, name)
     return Anatomy(layers, norm, unembedding, scale, softcap)
 
 

@@ -143,7 +143,8 @@ def near_ties(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
 
     One row for each data set, model and MoE layer. Columns: median_margin (of capture.margins at the readout
     position); for each dtype the prompts whose margin is below its relative precision at the readout position, and
-    (`_anywhere`) at some position of the prompt; prompts, subjects. Counts are exact, and of this run's own dtype.
+    (`_anywhere`) at some position of the prompt; prompts, subjects. Of this run's own dtype; a lower bound of the
+    choices that another precision turns, since scores also carry the rounding of all layers before.
     """
     rows = []
     for (dataset, model), run in runs.items():

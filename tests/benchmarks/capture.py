@@ -27,8 +27,8 @@ MIDDLE = toy.Shape(
 LARGE = toy.Shape(
     "olmoe", layers=4, experts=32, experts_per_token=8, expert_width=512, hidden=1024, heads=8, kv_heads=8
 )
-PAIRS = {"64 dimensions, top-4 of 32 experts (toy)": (TOY, 41), "1024 dimensions, top-8 of 32 experts": (LARGE, 15)}
-PROMPTS = (500, 2000, 8000)
+PAIRS = {"64 dimensions, top-4 of 32 experts (toy)": (TOY, 61), "1024 dimensions, top-8 of 32 experts": (LARGE, 15)}
+PROMPTS = (500, 2000, 8000, 32000)
 
 
 def prompts():
