@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 LIBRARY = (
     "ablations anatomy artifacts attribution capture checkpoints config facts intervene lens logs miniature models"
-    " planted plots published sources stats tables toy __init__"
+    " neurons planted plots published sources stats tables toy __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
