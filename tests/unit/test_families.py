@@ -25,6 +25,9 @@ def test_the_page_lists_every_family_of_the_installed_library_and_counts_them():
     cells = [row.split(" | ") for row in ROWS.values()]
     assert (moe, dense) == (sum(map(families.has_experts, ROWS)), len(ROWS) - moe)
     assert routed == sum(row[3] != "" for row in cells) >= 45
+    readme = " ".join((PAGE.parents[1] / "README.md").read_text().split())
+    assert f"of {moe} families with experts {routed} add up down to their routed experts" in readme
+    assert f"and {verified} dense ones do" in readme
     assert verified == sum(row[1] != "" and not families.has_experts(row[0].strip("| ")) for row in cells) >= 10
 
 
