@@ -1,4 +1,4 @@
-"""Snakemake script: attribute the targets to layers, heads and experts, from the cache alone."""
+"""Snakemake script: attribute the targets to layers, heads and experts, from the cache."""
 
 import torch
 

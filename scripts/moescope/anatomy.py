@@ -1,9 +1,10 @@
 """The anatomy of a model, found by watching a short forward pass: which modules' outputs make the residual stream.
 
 Every module's inputs and outputs are recorded for a few tokens. The increment of each layer is then written as a
-sum of module outputs, each traced back through post-norms to linear maps and experts; a coefficient must be 1 or a
-number of the model's configuration. No table of model names, no attribute names but those of transformers' experts
-interface. `capture.verify` checks the same sums again on real prompts.
+sum of module outputs, each traced back through post-norms to linear maps and experts; a coefficient must be 1, or a
+number (or one over it) that the model's configuration or the module itself holds. No table of model names; the only
+attributes that are asked for by name are those of transformers' experts interface and the epsilon of a norm.
+`capture.verify` checks the same sums again on real prompts.
 """
 
 from __future__ import annotations
