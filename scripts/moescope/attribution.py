@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from moescope.artifacts import open_tensors
-from moescope.lens import Readout, log_prob, lpi, norm_scale
+from moescope.activations import opened
+from moescope.lens import Readout, lpi, norm_scale, rows_at_once
 from moescope.models import Anatomy, Layer, expert_contributions, head_contributions, shared_contribution
 
 SUMMED = {
@@ -41,40 +41,32 @@ def attribute(
     - margins: margin, smallest (float32): capture.margins of the choice of experts at the readout position and the
       smallest over all positions (and answer tokens); no rows where it is not known.
     """
-    readout = Readout.of(parts)
-    targets = prompts.set_index("prompt_id")["target_ids"]
-    tables: dict[str, list[pd.DataFrame]] = {"layers": [], "heads": [], "experts": [], "margins": []}
-    for path in activations:
-        with open_tensors(path, "activations") as cache:
-            every, step = cache.get_tensor("prompt_id").numpy(), cache.get_tensor("step").numpy()
-            row = np.flatnonzero(np.isin(every, targets.index))
-            prompt_id = every[row]
-            if not len(row):
-                continue
-            pairs = zip(targets.loc[prompt_id], step[row], strict=True)
-            target = torch.tensor([ids[at] for ids, at in pairs], dtype=torch.long)
-
-            def get(name: str, cache: Any = cache, row: np.ndarray = row) -> Tensor:
-                return cache.get_tensor(name)[row]
-
-            final = get("resid_final")
+    readout = Readout.of(parts, norm)
+    tables: dict[str, list[pd.DataFrame]] = {name: [] for name in SUMMED}
+    with opened(activations, prompts) as cache:
+        for rows in cache.chunks(rows_at_once(readout)):
+            final, target = cache.get("resid_final", rows), cache.target[rows]
             scale = norm_scale(parts, final, norm)
-            score = partial(lpi, readout, scale=scale, target=target)
+            here = cache.layer(parts.layers[0].index, rows)
+            log_p = readout.log_probs(here["resid_pre"], scale)
             for layer in parts.layers:
-                at = f"{layer.index}."
-                found = {name.removeprefix(at): get(name) for name in cache.keys() if name.startswith(at)}
-                after = final if layer is parts.layers[-1] else get(f"{layer.index + 1}.resid_pre")
-                heads, experts = _unit_rows(layer, found, score)
-                rows = {"layers": _layer_rows(readout, found, after, scale, target), "heads": heads, "experts": experts}
-                if "router_margin" in found:
-                    margin = found["router_margin"].numpy()
-                    rows["margins"] = pd.DataFrame({"margin": margin[:, 0], "smallest": margin[:, 1]})
-                for name, frame in rows.items():
-                    key = {
-                        "prompt_id": np.repeat(prompt_id, len(frame) // len(prompt_id)),
-                        "layer": np.int16(layer.index),
-                    }
+                last = layer is parts.layers[-1]
+                following = {"resid_pre": final} if last else cache.layer(layer.index + 1, rows)
+                score = partial(lpi, readout, scale=scale, target=target)
+                frames = {"heads": _head_rows(layer, here, partial(score, log_p=log_p))}
+                before, log_p = _of(target, log_p), readout.log_probs(here["resid_mid"], scale)
+                frames["experts"] = _expert_rows(layer, here, partial(score, log_p=log_p))
+                middle, log_p = _of(target, log_p), readout.log_probs(following["resid_pre"], scale)
+                gains = {"attention": middle - before, "ffn": _of(target, log_p) - middle}
+                frames["layers"] = pd.DataFrame({name: gain.numpy() for name, gain in gains.items()})
+                if "router_margin" in here:
+                    margin = here["router_margin"].numpy()
+                    frames["margins"] = pd.DataFrame({"margin": margin[:, 0], "smallest": margin[:, 1]})
+                for name, frame in frames.items():
+                    prompt_id = np.repeat(cache.prompt_id[rows], len(frame) // len(rows))
+                    key = {"prompt_id": prompt_id, "layer": np.int16(layer.index)}
                     tables[name].append(pd.DataFrame(key | dict(frame)))
+                here = following
     empty = pd.DataFrame({"prompt_id": np.empty(0, "int32"), "layer": np.empty(0, "int16")})
     tables["margins"].append(empty.assign(margin=np.empty(0, "f4"), smallest=np.empty(0, "f4")))
     together = {name: pd.concat(frames, ignore_index=True) for name, frames in tables.items()}
@@ -89,32 +81,23 @@ def _over_answer_tokens(table: pd.DataFrame, how: Mapping[str, str]) -> pd.DataF
     return table.groupby(keys, as_index=False, sort=False).agg(how).astype(dict.fromkeys(how, "float32"))
 
 
-def _layer_rows(
-    readout: Readout, found: dict[str, Tensor], after: Tensor, scale: Tensor, target: Tensor
-) -> pd.DataFrame:
-    before, middle, end = (
-        log_prob(readout, state, scale, target) for state in (found["resid_pre"], found["resid_mid"], after)
-    )
-    return pd.DataFrame({"attention": (middle - before).numpy(), "ffn": (end - middle).numpy()})
+def _of(target: Int[Tensor, " n"], log_p: Float[Tensor, "n vocab"]) -> Float[Tensor, " n"]:
+    return log_p.gather(1, target.unsqueeze(1)).squeeze(1)
 
 
-def _unit_rows(
-    layer: Layer, found: dict[str, Tensor], score: Callable[..., Tensor]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    n = len(found["resid_pre"])
+def _head_rows(layer: Layer, found: Mapping[str, Tensor], score: Callable[..., Tensor]) -> pd.DataFrame:
     heads = score(found["resid_pre"], head_contributions(layer, found))
-    head = np.tile(np.arange(layer.n_heads, dtype=np.int16), n)
-    head_rows = pd.DataFrame({"head": head, "lpi": heads.flatten().numpy()})
-    columns: dict[str, Any] = {"expert": np.empty(0, "int16"), "lpi": np.empty(0, "f4"), "weight": np.empty(0, "f4")}
-    if layer.experts is not None:
-        shared = range(len(layer.shared))
-        ids = torch.cat([found["expert_ids"], *(torch.full((n, 1), -1 - i, dtype=torch.int16) for i in shared)], 1)
-        weights = torch.cat([found["expert_weights"], *(found[f"shared.{i}.gate"].unsqueeze(1) for i in shared)], 1)
-        vectors = [
-            expert_contributions(layer, found),
-            *(shared_contribution(layer, found, i).unsqueeze(1) for i in shared),
-        ]
-        experts = score(found["resid_mid"], torch.cat(vectors, 1))
-        columns = {"expert": ids, "lpi": experts, "weight": weights.float()}
-        columns = {name: tensor.flatten().numpy() for name, tensor in columns.items()}
-    return head_rows, pd.DataFrame(columns)
+    head = np.tile(np.arange(layer.n_heads, dtype=np.int16), len(heads))
+    return pd.DataFrame({"head": head, "lpi": heads.flatten().numpy()})
+
+
+def _expert_rows(layer: Layer, found: Mapping[str, Tensor], score: Callable[..., Tensor]) -> pd.DataFrame:
+    if layer.experts is None:
+        return pd.DataFrame({"expert": np.empty(0, "int16"), "lpi": np.empty(0, "f4"), "weight": np.empty(0, "f4")})
+    n, shared = len(found["resid_mid"]), range(len(layer.shared))
+    ids = torch.cat([found["expert_ids"], *(torch.full((n, 1), -1 - i, dtype=torch.int16) for i in shared)], 1)
+    weights = torch.cat([found["expert_weights"], *(found[f"shared.{i}.gate"].unsqueeze(1) for i in shared)], 1)
+    of_shared = [shared_contribution(layer, found, i).unsqueeze(1) for i in shared]
+    vectors = torch.cat([expert_contributions(layer, found), *of_shared], 1)
+    columns = {"expert": ids, "lpi": score(found["resid_mid"], vectors), "weight": weights.float()}
+    return pd.DataFrame({name: tensor.flatten().numpy() for name, tensor in columns.items()})
