@@ -152,15 +152,20 @@ def token_tensor(tokens: pd.DataFrame, rows: Int[np.ndarray, " b"], device: torc
 
 
 def record(
-    model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length"]
+    model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length"], every_position: bool = False
 ) -> tuple[dict[str, Tensor], Float[Tensor, "b vocab"]]:
-    """One forward pass: the parts named in `capture`, those in CHECK_ONLY, and the readout logits."""
+    """One forward pass: the parts named in `capture`, those in CHECK_ONLY, and the readout logits.
+
+    With `every_position` the parts have b * length rows (position fastest) in place of b, as if each position were
+    the readout position of a prompt of its own; a row's expert_load and router_margin are those of its position alone.
+    """
     found: dict[str, Tensor] = {}
+    n = ids.numel() if every_position else len(ids)
     with ExitStack() as hooks:
         choices = hooks.enter_context(_Choices())
         for layer in parts.layers:
-            hooks.enter_context(_tap_layer(layer, len(ids), found, choices))
-        hooks.enter_context(_on_input(parts.final_norm.module, lambda x: found.update(resid_final=x[:, -1].clone())))
+            hooks.enter_context(_tap_layer(layer, n, found, choices))
+        hooks.enter_context(_on_input(parts.final_norm.module, lambda x: found.update(resid_final=_last(x, n))))
         logits = readout_logits(model, ids)
     found["norm_scale"] = parts.final_norm.scale(found["resid_final"])
     for layer in parts.layers:
@@ -329,9 +334,7 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor], choices: _Cho
     at = f"{layer.index}."
 
     def last(name: str, x: Tensor) -> None:
-        """Record the readout position, whether or not batch and position are flattened into one dimension."""
-        # A copy: a view would keep all positions in memory, and change with what the model does in place.
-        found[at + name] = x.reshape(batch, -1, x.shape[-1])[:, -1].clone()
+        found[at + name] = _last(x, batch)
 
     def experts_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, chosen, weights = experts_arguments(module, args, kwargs)
@@ -348,7 +351,7 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor], choices: _Cho
         found[f"{at}expert_load"] = load.scatter_add_(1, every, torch.ones_like(every, dtype=torch.int16))
 
     def heads(x: Tensor) -> None:
-        found[f"{at}head_in"] = x[:, -1].clone().unflatten(-1, (layer.n_heads, -1))
+        found[f"{at}head_in"] = _last(x, batch).unflatten(-1, (layer.n_heads, -1))
 
     inputs: list[tuple[nn.Module, Callable[[Tensor], None]]] = [(layer.block, partial(last, "resid_pre"))]
     outputs = [(layer.block, partial(last, "resid_post"))]
@@ -381,6 +384,12 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor], choices: _Cho
         for module, see in outputs:
             hooks.enter_context(_on_output(module, see))
         yield
+
+
+def _last(x: Float[Tensor, "*tokens width"], n: int) -> Float[Tensor, "n width"]:
+    """The last position of each of n rows, whether or not batch and position are flattened into one dimension."""
+    # A copy: a view would keep all positions in memory, and change with what the model does in place.
+    return x.reshape(n, -1, x.shape[-1])[:, -1].clone()
 
 
 def _last_of_width(width: int, see: Callable[[Tensor], None], module: nn.Module, args: Any, output: Any) -> None:

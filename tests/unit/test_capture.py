@@ -73,6 +73,27 @@ def test_recorded_states_are_the_models_own_hidden_states(build, tokens, name):
 
 
 @every_model
+def test_every_position_is_recorded_as_if_the_prompt_ended_there(build, tokens, name):
+    model = build(name)
+    parts, ids = anatomy.find(model), first_batch(tokens)
+    with torch.inference_mode():
+        every, logits = capture.record(model, parts, ids, every_position=True)
+        assert torch.equal(logits, capture.record(model, parts, ids)[1])
+        for end in (1, 3, ids.shape[1]):
+            shorter, _ = capture.record(model, parts, ids[:, :end])
+            assert every.keys() == shorter.keys()
+            for key, tensor in every.items():
+                at = tensor.unflatten(0, ids.shape)
+                if key.endswith("expert_load"):
+                    at = at[:, :end].sum(1, dtype=torch.int16)
+                elif key.endswith("router_margin"):
+                    at = torch.stack([at[:, end - 1, 0], at[:, :end, 1].amin(1)], 1)
+                else:
+                    at = at[:, end - 1]
+                torch.testing.assert_close(at, shorter[key], rtol=1e-4, atol=1e-5)
+
+
+@every_model
 def test_parts_add_up_on_all_layers(build, tokens, name):
     model = build(name)
     _, _, errors = capture.in_memory(model, anatomy.find(model), tokens, 64)
