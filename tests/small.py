@@ -34,6 +34,7 @@ SMALL = {
         "small-dense": {"toy": {"architecture": "qwen2", "layers": 3, "ffn_width": 64}},
     },
     "toy_training": {"epochs": 3},
+    "neurons": {"top": 10, "bottom": 3},
     "blocking": {"top": [1, 2], "random_draws": 3},
     "keep_only": {"top": [1]},
     "statistics": {"bootstrap_draws": 100},

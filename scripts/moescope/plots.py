@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
 
 from moescope.artifacts import replacing
 
@@ -31,6 +31,7 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 PANEL_WIDTH, PANEL_HEIGHT = 3.4, 2.3
+BLOCKS = {"attention": ("attention", BLUE, "o"), "ffn": ("FFN", ORANGE, "s")}
 
 Tables = Mapping[str, pd.DataFrame]
 
@@ -40,14 +41,79 @@ def gains(tables: Tables, models: Sequence[str], note: str) -> Figure:
     table = tables["gains"]
     with _panels(models, note, sharey=True) as (figure, panels):
         for model, axes in panels.items():
-            for part, colour, marker in (("attention", BLUE, "o"), ("ffn", ORANGE, "s")):
-                rows = table[(table["model"] == model) & (table["part"] == part)].sort_values("layer")
-                label = {"attention": "attention", "ffn": "FFN"}[part]
-                axes.plot(rows["layer"], rows["estimate"], color=colour, marker=marker, markersize=4, label=label)
-                axes.fill_between(rows["layer"], rows["low"], rows["high"], color=colour, alpha=0.25, linewidth=0)
-            axes.axhline(0, color="black", linewidth=0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _label(figure, panels, "layer", "mean LPI (nats)")
+            for part, (label, colour, marker) in BLOCKS.items():
+                rows = table[(table["model"] == model) & (table["part"] == part)]
+                _curve(axes, rows, "layer", "estimate", color=colour, marker=marker, label=label)
+        _layers(figure, panels, "mean LPI (nats)")
+    return figure
+
+
+def neurons(tables: Tables, models: Sequence[str], note: str) -> Figure:
+    """Share of a prompt's top neurons in each layer, of the FFN and of attention, a panel for each model."""
+    table = tables["neurons"]
+    with _panels(models, note, sharey=True) as (figure, panels):
+        for model, axes in panels.items():
+            for block, (label, colour, marker) in BLOCKS.items():
+                rows = table[(table["model"] == model) & (table["block"] == block)]
+                _curve(axes, rows, "layer", "share", color=colour, marker=marker, label=label)
+        _layers(figure, panels, "share of a prompt's top neurons")
+    return figure
+
+
+def additivity(tables: Tables, models: Sequence[str], note: str) -> Figure:
+    """LPI of the FFN over depth beside the sums over its experts and over its neurons.
+
+    Dark bands: interval of the gap between a sum and what it is compared with; light: certified error besides.
+    """
+    table = tables["additivity"]
+    table = table[~table["component"].isin(["attention", "heads"])]
+    with _panels(models, note, sharey=True) as (figure, panels):
+        for model, axes in panels.items():
+            mine = table[table["model"] == model]
+            whole = mine[mine["component"] == "ffn"].drop_duplicates("layer").sort_values("layer")
+            axes.plot(whole["layer"], whole["whole"], color="black", linestyle="--", label="FFN")
+            for parts, colour, marker in (("experts", ORANGE, "s"), ("neurons", BLUE, "o")):
+                rows = mine[mine["parts"] == parts]
+                rows = rows.assign(low=rows["whole"] + rows["low"], high=rows["whole"] + rows["high"])
+                _curve(axes, rows, "layer", "sum", color=colour, marker=marker, label=f"sum over {parts}")
+                rows = rows.assign(low=rows["low"] - rows["error"], high=rows["high"] + rows["error"])
+                _band(axes, rows, "layer", color=colour, alpha=0.12)
+        _layers(figure, panels, "mean LPI (nats)")
+    return figure
+
+
+def queries(tables: Tables, models: Sequence[str], note: str) -> Figure:
+    """Score of value neurons (filled) and of what raises them (hollow) over depth; the embedding stands at -1."""
+    table = tables["queries"]
+    hollow = {"markerfacecolor": "white", "linestyle": "--"}
+    roles: Any = {"value": (BLOCKS, {}), "query": (BLOCKS | {"embedding": ("embedding", GREEN, "D")}, hollow)}
+    with _panels(models, note) as (figure, panels):
+        for model, axes in panels.items():
+            mine = table[table["model"] == model]
+            for role, (parts, style) in roles.items():
+                for part, (label, colour, marker) in parts.items():
+                    rows = mine[(mine["role"] == role) & (mine["part"] == part)]
+                    named = {"label": f"{role}: {label}", "color": colour, "marker": marker}
+                    _curve(axes, rows, "layer", "estimate", **named, **style)
+        _layers(figure, panels, "mean score (nats)")
+    return figure
+
+
+def expert_curves(tables: Tables, models: Sequence[str], note: str) -> Figure:
+    """Share of the positive LPI that the best experts hold against their number: each relation, and all prompts."""
+    table = tables["expert_curves"]
+    with _panels(models, note, sharey=True) as (figure, panels):
+        for model, axes in panels.items():
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            rows = table[table["model"] == model]
+            for _, curve in rows[rows["relation"] != "all"].groupby("relation"):
+                axes.plot(curve["experts"], curve["share"], color=GREY, linewidth=0.6, alpha=0.6)
+            axes.plot([], [], color=GREY, linewidth=0.6, label="each relation")
+            every = rows[rows["relation"] == "all"]
+            _curve(axes, every, "experts", "share", color=ORANGE, linewidth=2.5, marker="", label="all prompts")
+        _label(figure, panels, "experts of all layers, best first", "share of the positive LPI")
         _first(panels).legend()
     return figure
 
@@ -157,14 +223,35 @@ def efficiency(tables: Tables, models: Sequence[str], note: str) -> Figure:
     }
     with _panels(list(units), note, columns=3, height=0.22 * len(models) + 0.6, sharey=True) as (figure, panels):
         for metric, axes in panels.items():
-            rows = table[table["metric"] == metric].set_index("model").loc[list(models)]
-            for y, (model, row) in enumerate(rows.iterrows()):
-                colour, fill = (BLUE, "white") if model in dense else (ORANGE, ORANGE)
-                axes.plot([row["low"], row["high"]], [y, y], color=colour)
-                axes.plot(row["estimate"], y, "o" if model in dense else "s", color=colour, markerfacecolor=fill)
+            _models(axes, table[table["metric"] == metric].assign(error=0.0), models, dense)
             axes.set_title("")
             axes.set_xlabel(units[metric])
-            axes.set_yticks(range(len(models)), models)
+        _first(panels).invert_yaxis()
+    return figure
+
+
+def concentration(tables: Tables, models: Sequence[str], note: str) -> Figure:
+    """Every metric of every model with its interval, FFN on the left, attention on the right; dense models are hollow.
+
+    Grey: the interval widened by the certified error.
+    """
+    table = tables["concentration"]
+    table = table[(table["task"] == "all") & (table["minus"] == "")]
+    dense = set(table.loc[table["kind"] == "dense", "model"])
+    units = {
+        "share": "share of the positive LPI in the top 1%",
+        "entropy": "entropy (nats)",
+        "gini": "Gini coefficient",
+        "positive": "positive LPI (nats)",
+        "neurons": "neurons used",
+    }
+    chosen = {f"{BLOCKS[block][0]}, {metric}": (block, metric) for metric in units for block in ("ffn", "attention")}
+    with _panels(list(chosen), note, height=0.22 * len(models) + 0.75, sharey=True) as (figure, panels):
+        for name, axes in panels.items():
+            block, metric = chosen[name]
+            _models(axes, table[(table["block"] == block) & (table["metric"] == metric)], models, dense)
+            axes.set_title(BLOCKS[block][0])
+            axes.set_xlabel(units[metric])
         _first(panels).invert_yaxis()
     return figure
 
@@ -177,6 +264,11 @@ FIGURES: Mapping[str, Callable[[Tables, Sequence[str], str], Figure]] = {
     "experts": experts,
     "blocking": blocking,
     "keep_only": keep_only,
+    "neurons": neurons,
+    "concentration": concentration,
+    "expert_curves": expert_curves,
+    "additivity": additivity,
+    "queries": queries,
 }
 
 
@@ -192,7 +284,7 @@ def note(
     table: pd.DataFrame, confidence: float, bootstrap_draws: int, seed: int, models: Sequence[str], toys: Sequence[str]
 ) -> str:
     """What every figure says below it: prompts, subjects, interval, seed, and which of the models are toys."""
-    n, subjects = table["prompts"].max(), table["subjects"].max()
+    n, subjects = (max(table[column], default=0) for column in ("prompts", "subjects"))
     found = [model for model in models if model in toys]
     which = "" if len(found) == len(models) else f" ({', '.join(found)})"
     what = f"Toy-sized models, trained here{which}: findings about toy models.\n" if found else ""
@@ -200,6 +292,41 @@ def note(
         f"{what}{n:,} prompts about {subjects:,} subjects; intervals: {confidence:.0%} bootstrap over subjects,"
         f" {bootstrap_draws:,} draws, seed {seed}."
     )
+
+
+def _curve(axes: Axes, rows: pd.DataFrame, x: str, y: str, **style: Any) -> None:
+    """One line with its interval; a band about one point has no width, it is drawn as an upright line."""
+    rows = rows.sort_values(x)
+    axes.plot(rows[x], rows[y], **{"markersize": 4, **style})
+    _band(axes, rows, x, color=style["color"], alpha=0.25)
+    if len(rows) == 1:
+        axes.vlines(rows[x], rows["low"], rows["high"], color=style["color"], linewidth=1)
+
+
+def _band(axes: Axes, rows: pd.DataFrame, x: str, **style: Any) -> None:
+    rows = rows.sort_values(x)
+    # Columns of a table without rows have no type.
+    axes.fill_between(*rows[[x, "low", "high"]].to_numpy(float).T, linewidth=0, **style)
+
+
+def _layers(figure: Figure, panels: Mapping[str, Axes], y: str) -> None:
+    """What curves over depth share: layers below, a line at 0, a legend above."""
+    for axes in panels.values():
+        axes.axhline(0, color="black", linewidth=0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _label(figure, panels, "layer", y)
+    figure.legend(*_first(panels).get_legend_handles_labels(), loc="outside upper center", ncols=3)
+
+
+def _models(axes: Axes, table: pd.DataFrame, models: Sequence[str], dense: set[str]) -> None:
+    """One estimate a model with its interval, grey where the certified error widens it; a model may have none."""
+    for y, (model, row) in enumerate(table.set_index("model").reindex(models).iterrows()):
+        colour, fill = (BLUE, "white") if model in dense else (ORANGE, ORANGE)
+        if row["error"] > 0:
+            axes.plot([row["low"] - row["error"], row["high"] + row["error"]], [y, y], color=GREY, linewidth=0.8)
+        axes.plot([row["low"], row["high"]], [y, y], color=colour)
+        axes.plot(row["estimate"], y, "o" if model in dense else "s", color=colour, markerfacecolor=fill)
+    axes.set_yticks(range(len(models)), models)
 
 
 def _maps(table: pd.DataFrame, unit: str, models: Sequence[str], note: str) -> Figure:

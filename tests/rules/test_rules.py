@@ -12,6 +12,10 @@ from moescope import artifacts, config
 import small
 
 RESULTS = "results/facts/small-moe"
+FIGURES = [
+    *["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
+    *["neurons", "concentration", "additivity", "queries", "blocking", "keep_only"],
+]
 
 
 @pytest.fixture
@@ -152,6 +156,64 @@ def test_attribute_of_a_dense_model(run_rule):
     assert not len(artifacts.read_table(paths[2], "experts"))
 
 
+def attribution_of(model, kinds):
+    return [f"results/facts/{model}/attribution/{kind}.parquet" for kind in kinds]
+
+
+def test_attribute_neurons(run_rule, finished):
+    kinds = ["neurons", "attention_neurons", "relation_neurons", "concentration", "neuron_sums"]
+    paths = run_rule("attribute_neurons", *attribution_of("small-moe", kinds))
+    tables = {kind: artifacts.read_table(path, kind) for kind, path in zip(kinds, paths)}
+    n = len(prompts_of(finished))
+    for kind in kinds[:3]:
+        assert tables[kind]["exact"].all()
+    for kind, unit in (("neurons", "expert"), ("attention_neurons", "head")):
+        table = tables[kind]
+        assert list(table) == ["prompt_id", "layer", unit, "neuron", "activation", "lpi", "bound", "exact"]
+        assert table.groupby("prompt_id").size().between(2, 13).all()
+        assert table["prompt_id"].nunique() == n
+        assert (table.groupby("prompt_id")["lpi"].diff().dropna() <= 0).all()
+    assert set(tables["neurons"]["expert"]) == {-1, 0, 1, 2, 3}
+    assert tables["concentration"].groupby("block").size().to_dict() == {"ffn": n, "attention": n}
+    # Two routed experts and a shared one, or four heads, in three layers.
+    assert tables["neuron_sums"].groupby("block").size().to_dict() == {"ffn": n * 9, "attention": n * 12}
+    best = tables["relation_neurons"].groupby(["relation", "block"])["lpi"].max()
+    assert len(best) == 6
+    experts = artifacts.read_table(finished / RESULTS / "attribution/experts.parquet", "experts")
+    both = tables["neuron_sums"].merge(
+        experts, left_on=["prompt_id", "layer", "unit"], right_on=["prompt_id", "layer", "expert"]
+    )
+    assert len(both.query("block == 'ffn'")) == n * 9
+
+
+def test_attribute_neurons_of_a_dense_model(run_rule):
+    [path] = run_rule("attribute_neurons", *attribution_of("small-dense", ["neurons"]))
+    assert set(artifacts.read_table(path, "neurons")["expert"]) == {0}
+
+
+def test_attribute_queries(run_rule, finished):
+    kinds = ["queries", "value_layers"]
+    queries, values = (
+        artifacts.read_table(path, kind)
+        for path, kind in zip(run_rule("attribute_queries", *attribution_of("small-moe", kinds)), kinds)
+    )
+    assert {"embedding", "head", "expert", "head_neuron", "expert_neuron", "rest"} == set(queries["level"])
+    # All that was written below the value neurons makes their activations: the scores sum to their LPI.
+    units = queries[~queries["level"].str.endswith("neuron")].groupby("prompt_id")[["via_ffn", "via_attention"]].sum()
+    lpi = values.groupby(["prompt_id", "block"])["lpi"].sum().unstack(fill_value=0)
+    np.testing.assert_allclose(units["via_ffn"], lpi["ffn"], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(units["via_attention"], lpi["attention"], rtol=1e-3, atol=1e-3)
+
+
+def test_read_units(run_rule):
+    [path] = run_rule("read_units", *attribution_of("small-moe", ["readings"]))
+    table = artifacts.read_table(path, "readings")
+    assert set(table["level"]) == {"expert", "head", "ffn_neuron", "attention_neuron"}
+    assert set(table["side"]) == {"promoted", "suppressed"}
+    assert table["token"].map(type).eq(str).all()
+    assert table.groupby(["relation", "level", "layer", "unit", "neuron", "side"]).size().eq(10).all()
+
+
 def test_block_experts(run_rule):
     targets = [f"{RESULTS}/interventions/{name}.parquet" for name in ("blocking", "blocked_experts")]
     blocking, ranking = run_rule("block_experts", *targets)
@@ -179,7 +241,11 @@ def test_keep_only(run_rule):
 @pytest.mark.parametrize(
     ("rule", "names"),
     [
-        ("summarise_attribution", ["efficiency", "stages", "gains", "heads", "experts", "near_ties"]),
+        ("summarise_attribution", ["efficiency", "stages", "gains", "heads", "experts", "expert_curves", "near_ties"]),
+        (
+            "summarise_neurons",
+            ["neurons", "concentration", "additivity", "relation_neurons", "unit_readings", "queries"],
+        ),
         ("summarise_interventions", ["blocking", "keep_only"]),
     ],
 )
@@ -192,8 +258,8 @@ def test_summaries(run_rule, finished, rule, names):
             exact = artifacts.read_table(path.with_suffix(".parquet"), "table")
             assert list(rounded) == list(exact)
             assert len(rounded) == len(exact) > 0
-            assert (rounded["prompts"] > 0).all()
-            assert (rounded["subjects"] > 0).all()
+            for count in {"prompts", "subjects"} & {*rounded}:
+                assert (rounded[count] > 0).all()
     sources = artifacts.table_provenance(finished / f"results/tables/{names[0]}.parquet")["sources"]
     assert all(source["model_commit"] and source["dataset_digest"] for source in sources)
 
@@ -207,7 +273,7 @@ def test_efficiency_agrees_with_the_prompts_of_the_run(finished):
     assert mrr["hit_at_10"] == pytest.approx((rank <= 10).mean())
 
 
-@pytest.mark.parametrize("figure", ["gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only"])
+@pytest.mark.parametrize("figure", FIGURES)
 def test_plots(run_rule, finished, figure):
     target = f"results/figures/facts.{figure}.svg"
     [path] = run_rule(f"plot_{figure}", target)
@@ -221,7 +287,7 @@ def test_every_rule_writes_its_log_and_benchmark(finished):
     by_rule = {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known", "attribute", "block_experts"}
     assert by_rule <= rules
     logs = list((finished / "results/logs").rglob("*.log"))
-    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 22
+    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 34
     verified = (finished / "results/logs/capture/facts/small-moe/0.log").read_text()
     assert "sum of heads = what attention adds to the residual stream" in verified
 
@@ -230,9 +296,9 @@ def test_the_report_holds_every_figure_and_table(copy_of_finished, tmp_path):
     report = tmp_path / "report.html"
     small.snakemake(copy_of_finished, "--report", str(report))
     text = report.read_text()
-    for figure in ("gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only"):
+    for figure in FIGURES:
         assert f"facts.{figure}.svg" in text
-    for table in ("efficiency", "stages", "blocking", "keep_only"):
+    for table in ("efficiency", "stages", "concentration", "additivity", "relation_neurons", "blocking", "keep_only"):
         assert f"{table}.csv" in text
     for words in (
         "199 (fewer if any were dropped",

@@ -130,7 +130,10 @@ def here(tmp_path, monkeypatch):
         (put("models", None), "models: None is not of type object"),
         (put("models", {1: DENSE}), "config.yaml: models: 1 is not text; write the name in quotes, or choose another"),
         (put("models", {"source": DENSE}), "models: 'source' is the name of a folder of results; choose another name"),
-        (put("lens.norm", "real"), "config.yaml: lens.norm: 'real' is not a known value; known: fixed, reference"),
+        (
+            put("lens.norm", "real"),
+            "config.yaml: lens.norm: 'real' is not a known value; known: fixed, recomputed, reference",
+        ),
         (drop("models"), "config.yaml: models: missing; Models by name."),
     ],
 )

@@ -29,8 +29,13 @@ CONFIG = {
 }
 # Every layer but the first has experts.
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
-SUMMARIES = {"summarise_attribution", "summarise_interventions"}
-OF_THE_MOE = {"capture", "gather_prompts", "filter_known", "attribute", "block_experts", "keep_only", *SUMMARIES}
+SUMMARIES = {"summarise_attribution", "summarise_neurons", "summarise_interventions"}
+NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
+OF_THE_MOE = {
+    *["capture", "gather_prompts", "filter_known", "attribute", "block_experts", "keep_only"],
+    *NEURONS,
+    *SUMMARIES,
+}
 
 
 def checkpoint(folder, tokenizer, architecture, dtype="float32", **settings):
@@ -107,9 +112,9 @@ def test_the_prompts_are_those_of_the_relations_asked_for(real):
 
 def test_the_tables_have_every_model_and_only_layers_with_experts(real):
     tables = small.tables(real)
-    assert len(tables) == 8
+    assert len(tables) == 15
     for name, table in tables.items():
-        with_experts = name in ("experts", "near_ties", "blocking", "keep_only")
+        with_experts = name in ("experts", "expert_curves", "near_ties", "blocking", "keep_only")
         assert set(table["model"]) == {"moe", "hub"} | (set() if with_experts else {"dense"}), name
         assert not table.isna().drop(columns="minus", errors="ignore").any(axis=None), name
     for name in ("experts", "near_ties"):
@@ -244,15 +249,16 @@ def test_the_models_of_the_paper_are_planned_as_configured(tmp_path):
         model, asked = re.search(r"model=([\w.-]+)", body), re.search(r"gpu=(\d)", body)
         if asked:
             gpus.setdefault(model[1], []).append((rule, int(asked[1])))
-    moe = [("block_experts", 1), *[("capture", 1)] * 4, ("keep_only", 1)]
+    dense = [("attribute_queries", 1), *[("capture", 1)] * 4]
+    moe = sorted([*dense, ("block_experts", 1), ("keep_only", 1)])
     assert {model: sorted(asked) for model, asked in gpus.items()} == {
         **dict.fromkeys(("qwen-moe", "olmoe"), moe),
-        **dict.fromkeys(("qwen-7b", "llama-7b", "mistral-7b"), [("capture", 1)] * 4),
+        **dict.fromkeys(("qwen-7b", "llama-7b", "mistral-7b"), dense),
         "mixtral-8x7b": [(rule, 2) for rule, _ in moe],
     }
     assert "mem_mb=128000" in text
     counted = pd.Series([rule for rule, _ in jobs]).value_counts().to_dict()
-    each = dict.fromkeys(("describe_model", "gather_prompts", "filter_known", "attribute"), 6)
+    each = dict.fromkeys(("describe_model", "gather_prompts", "filter_known", "attribute", *NEURONS), 6)
     each |= {"capture": 24, "block_experts": 3, "keep_only": 3, "write_dataset": 1}
     assert counted.items() >= (each | dict.fromkeys(SUMMARIES, 1)).items()
     assert set(counted) - each.keys() - SUMMARIES == {"all", *(name for name in counted if name.startswith("plot_"))}

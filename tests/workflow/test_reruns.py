@@ -6,8 +6,23 @@ import pytest
 
 import small
 
-PLOTS = {f"plot_{name}" for name in ("gains", "stages", "efficiency", "heads", "experts", "blocking", "keep_only")}
-AFTER_ATTRIBUTION = {"attribute", "block_experts", "summarise_attribution", "summarise_interventions", *PLOTS}
+PLOTS_OF = {
+    "summarise_attribution": ["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
+    "summarise_neurons": ["neurons", "concentration", "additivity", "queries"],
+    "summarise_interventions": ["blocking", "keep_only"],
+}
+
+
+def drawn(rule):
+    """A rule that makes tables, and those that draw them."""
+    return {rule, *(f"plot_{figure}" for figure in PLOTS_OF[rule])}
+
+
+TABLES = {*PLOTS_OF}
+PLOTS = set.union(*map(drawn, TABLES)) - TABLES
+AFTER_NEURONS = {"attribute_neurons", "attribute_queries", "read_units", *drawn("summarise_neurons")}
+AFTER_UNITS = {"attribute", "block_experts", "read_units", *TABLES, *PLOTS}
+AFTER_ATTRIBUTION = AFTER_UNITS | AFTER_NEURONS
 AFTER_FILTER = {"filter_known", "keep_only", *AFTER_ATTRIBUTION}
 AFTER_MODELS = {"capture", "gather_prompts", *AFTER_FILTER}
 EVERYTHING = {"write_dataset", "train_toy", *AFTER_MODELS}
@@ -29,10 +44,14 @@ def test_a_second_run_does_nothing(copy_of_finished):
     ("module", "rules"),
     [
         ("plots", PLOTS),
-        ("tables", {"summarise_attribution", "summarise_interventions", *PLOTS}),
+        ("tables", TABLES | PLOTS),
         ("lens", AFTER_ATTRIBUTION),
-        ("attribution", AFTER_ATTRIBUTION),
-        ("intervene", {"block_experts", "keep_only", "summarise_interventions", "plot_blocking", "plot_keep_only"}),
+        ("attribution", AFTER_UNITS),
+        ("rankings", AFTER_NEURONS),
+        ("bounds", AFTER_NEURONS),
+        ("queries", {"attribute_queries", *drawn("summarise_neurons")}),
+        ("reading", {"read_units", *drawn("summarise_neurons")}),
+        ("intervene", {"block_experts", "keep_only", *drawn("summarise_interventions")}),
         ("capture", AFTER_MODELS),
         ("toy", {"train_toy", *AFTER_MODELS}),
         ("artifacts", EVERYTHING),
@@ -47,12 +66,7 @@ def test_an_edit_of_a_module_reruns_what_reaches_it(copy_of_finished, module, ru
 
 def test_an_edit_of_a_script_reruns_its_rule(copy_of_finished):
     edit(copy_of_finished / "scripts/keep_only.py", "Snakemake script", "A Snakemake script")
-    assert set(small.planned(copy_of_finished)) == {
-        "keep_only",
-        "summarise_interventions",
-        "plot_keep_only",
-        "plot_blocking",
-    }
+    assert set(small.planned(copy_of_finished)) == {"keep_only", *drawn("summarise_interventions")}
 
 
 def test_touched_files_and_a_new_module_rerun_nothing(copy_of_finished):
@@ -74,13 +88,12 @@ def test_an_edited_fact_reruns_what_depends_on_it(copy_of_finished):
 @pytest.mark.parametrize(
     ("section", "change", "rules"),
     [
-        (
-            "blocking",
-            {"random_draws": 4},
-            {"block_experts", "summarise_interventions", "plot_blocking", "plot_keep_only"},
-        ),
-        ("keep_only", {"top": [1, 2]}, {"keep_only", "summarise_interventions", "plot_blocking", "plot_keep_only"}),
-        ("statistics", {"confidence": 0.9}, {"summarise_attribution", "summarise_interventions", *PLOTS}),
+        ("blocking", {"random_draws": 4}, {"block_experts", *drawn("summarise_interventions")}),
+        ("keep_only", {"top": [1, 2]}, {"keep_only", *drawn("summarise_interventions")}),
+        ("neurons", {"top": 7}, AFTER_NEURONS),
+        ("queries", {"values": 7}, {"attribute_queries", *drawn("summarise_neurons")}),
+        ("readings", {"tokens": 7}, {"read_units", *drawn("summarise_neurons")}),
+        ("statistics", {"confidence": 0.9}, TABLES | PLOTS),
         ("lens", {"norm": "reference"}, AFTER_ATTRIBUTION),
         ("datasets", {"facts": small.SMALL["datasets"]["facts"] | {"known": 10}}, AFTER_FILTER),
         ("datasets", {"facts": small.SMALL["datasets"]["facts"] | {"answer": "argmax"}}, AFTER_MODELS),
@@ -98,7 +111,7 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path):
     folder = small.make(tmp_path / "run", small.SMALL | {"models": models})
     jobs = small.snakemake(folder, "--dry-run").split("\nrule ")
     asking = {job.split(":")[0] for job in jobs if "gpu=1" in job}
-    assert asking == {"capture", "block_experts", "keep_only"}
+    assert asking == {"capture", "attribute_queries", "block_experts", "keep_only"}
 
 
 @pytest.mark.parametrize(
@@ -106,8 +119,8 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path):
     [
         ("models", {"write_dataset", "train_toy"}),
         ("activations", {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known"}),
-        ("attribution", {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known", "attribute"}),
-        ("interventions", EVERYTHING - PLOTS - {"summarise_attribution", "summarise_interventions"}),
+        ("attribution", EVERYTHING - PLOTS - TABLES - {"block_experts", "keep_only"}),
+        ("interventions", EVERYTHING - PLOTS - TABLES - AFTER_NEURONS),
         ("tables", EVERYTHING - PLOTS),
     ],
 )

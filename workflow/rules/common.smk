@@ -9,8 +9,8 @@ import yaml
 from snakemake.exceptions import WorkflowError
 
 LIBRARY = (
-    "ablations anatomy artifacts attribution capture checkpoints config facts intervene lens logs miniature models"
-    " neurons planted plots published sources stats tables toy __init__"
+    "ablations activations anatomy artifacts attribution bounds capture checkpoints config facts intervene lens logs"
+    " miniature models neurons planted plots published queries rankings reading sources stats tables toy __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
@@ -48,7 +48,8 @@ DATASETS = {
 }
 MOE = [name for name, model in MODELS.items() if model["moe"]]
 TOYS = [name for name, model in MODELS.items() if "toy" in model]
-ATTRIBUTION_TABLES = ["efficiency", "stages", "gains", "heads", "experts", "near_ties"]
+ATTRIBUTION_TABLES = ["efficiency", "stages", "gains", "heads", "experts", "expert_curves", "near_ties"]
+NEURON_TABLES = ["neurons", "concentration", "additivity", "relation_neurons", "unit_readings", "queries"]
 INTERVENTION_TABLES = ["blocking", "keep_only"] if MOE else []
 SHARDS = [str(number) for number in range(config["shards"])]
 

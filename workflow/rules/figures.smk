@@ -4,18 +4,15 @@ INPUT   results/tables/*.parquet
 OUTPUT  results/figures/{dataset}.{figure}.svg
 """
 
-MOE_FIGURES = ["experts", "blocking", "keep_only"]
-FIGURES = {
-    "gains": ["gains"],
-    "stages": ["stages"],
-    "efficiency": ["efficiency"],
-    "heads": ["heads"],
-    "experts": ["experts"],
-    "blocking": ["blocking"],
-    "keep_only": ["keep_only"],
-}
-if not MOE:
-    FIGURES = {figure: tables for figure, tables in FIGURES.items() if figure not in MOE_FIGURES}
+MOE_FIGURES = ["experts", "expert_curves", "blocking", "keep_only"]
+FIGURES = [
+    figure
+    for figure in [
+        *["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
+        *["neurons", "concentration", "additivity", "queries", "blocking", "keep_only"],
+    ]
+    if MOE or figure not in MOE_FIGURES
+]
 
 
 rule figures:
@@ -23,13 +20,13 @@ rule figures:
         expand("results/figures/{dataset}.{figure}.svg", dataset=DATASETS, figure=FIGURES),
 
 
-for figure, tables in FIGURES.items():
+for figure in FIGURES:
 
     rule:
         name:
             f"plot_{figure}"
         input:
-            **{table: f"results/tables/{table}.parquet" for table in tables},
+            **{figure: f"results/tables/{figure}.parquet"},
         output:
             figure=report(
                 f"results/figures/{{dataset}}.{figure}.svg",
