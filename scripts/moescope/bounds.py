@@ -23,11 +23,11 @@ from moescope.neurons import Block
 
 GUARD = 1e-6
 """Nats by which rounding in float32 may break a bound; an LPI below it is not ranked."""
-LIKELY, FOLLOWED = 64, 2**14
+LIKELY, FOLLOWED = 64, 2**13
 """Tokens whose logits a bound follows one by one: so many at least, and as many inner products for each prompt."""
-STEP, EXTRA = 8, 256
+STEP, EXTRA = 4, 64
 """Neurons that are evaluated beyond K at each step, and at most."""
-TOLERANCE, FEW = 0.01, 32
+TOLERANCE, FEW = 0.01, 16
 """Bounds are close if those of all LPIs together differ by this share of the positive; FEW evaluations may help."""
 SHARE = 0.01
 """The neurons whose share of the positive LPI is reported (Gated-LPI: the top 1%)."""
