@@ -4,6 +4,7 @@ PYTHONPATH=scripts python tests/benchmarks/main_job.py > tests/benchmarks/main_j
 """
 
 import platform
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
@@ -11,8 +12,21 @@ from statistics import median
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 
-from moescope import ablations, anatomy, capture, facts, toy
+from moescope import (
+    ablations,
+    anatomy,
+    artifacts,
+    attribution,
+    capture,
+    checkpoints,
+    facts,
+    queries,
+    rankings,
+    reading,
+    toy,
+)
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {
@@ -69,6 +83,25 @@ def blocking_against_singles(model, tokens):
     return ratio, difference
 
 
+def attribution_against_training(name, settings, prompts):
+    """CPU seconds of a model's training, and of its attribution from the cache: units, neurons, queries, readings."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.process_time()
+        toy.train(toy.Shape(**settings["models"][name]["toy"]), prompts, folder=Path(folder), seed=0)
+        training = time.process_time() - start
+        model, tokenizer = checkpoints.load(folder)
+        parts, path = anatomy.find(model), Path(folder) / "0.safetensors"
+        tokens, _ = facts.tokenise(tokenizer, prompts[prompts["held_out"]])
+        with artifacts.writing_tensors(path, "activations", len(tokens)) as cache:
+            known, _ = capture.capture(model, parts, tokens, 256, cache.put)
+        start = time.process_time()
+        _, heads, experts, _ = attribution.attribute(parts, [path], known)
+        found = rankings.attribute(parts, [path], known, **settings["neurons"])
+        queries.attribute(model, parts, known, found["neurons"], found["attention_neurons"], 256)
+        reading.read(parts, [path], known, found["relation_neurons"], heads, experts, str)
+        return training, time.process_time() - start
+
+
 def main():
     torch.set_num_threads(1)
     paths = sorted((ROOT / "config/facts").glob("*.yaml"))
@@ -84,6 +117,17 @@ def main():
         model = toy.build(shape, len(tokenizer), seed=0).eval().requires_grad_(False)
         ratio, difference = blocking_against_singles(model, tokens)
         print(f"| {name} | {capture_against_plain(model, tokens):.2f} | {ratio:.1f} | {difference:.0e} |", flush=True)
+    settings = yaml.safe_load((ROOT / "config/config.yaml").read_text())
+    costs = {model: attribution_against_training(model, settings, prompts) for model in settings["models"]}
+    print(
+        "\nCPU seconds on one thread of the default main job, without starting processes and loading models. Attribution"
+    )
+    print("is of layers, heads, experts and neurons, with queries and readings, from the cache.\n")
+    print("| model | training | attribution | attribution / training |")
+    print("| --- | --- | --- | --- |")
+    costs["all six"] = tuple(map(sum, zip(*costs.values(), strict=True)))
+    for name, (training, attributing) in costs.items():
+        print(f"| {name} | {training:.1f} | {attributing:.1f} | {attributing / training:.2f} |")
 
 
 if __name__ == "__main__":
