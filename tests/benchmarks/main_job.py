@@ -119,10 +119,8 @@ def main():
         print(f"| {name} | {capture_against_plain(model, tokens):.2f} | {ratio:.1f} | {difference:.0e} |", flush=True)
     settings = yaml.safe_load((ROOT / "config/config.yaml").read_text())
     costs = {model: attribution_against_training(model, settings, prompts) for model in settings["models"]}
-    print(
-        "\nCPU seconds on one thread of the default main job, without starting processes and loading models. Attribution"
-    )
-    print("is of layers, heads, experts and neurons, with queries and readings, from the cache.\n")
+    print("\nCPU seconds on one thread, default main job, without starting processes and loading models.")
+    print("Attribution is of layers, heads, experts and neurons, with queries and readings, from the cache.\n")
     print("| model | training | attribution | attribution / training |")
     print("| --- | --- | --- | --- |")
     costs["all six"] = tuple(map(sum, zip(*costs.values(), strict=True)))
