@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moescope.activations import opened
-from moescope.lens import Readout, lpi, norm_scale, rows_at_once
+from moescope.lens import MAX_LOGITS, Readout, lpi, norm_scale
 from moescope.models import Anatomy, Layer, expert_contributions, head_contributions, shared_contribution
 
 SUMMED = {
@@ -44,7 +44,9 @@ def attribute(
     readout = Readout.of(parts, norm)
     tables: dict[str, list[pd.DataFrame]] = {name: [] for name in SUMMED}
     with opened(activations, prompts) as cache:
-        for rows in cache.chunks(rows_at_once(readout)):
+        vocabulary, width = readout.weight.shape
+        size = MAX_LOGITS // max(vocabulary, width * max(layer.n_heads for layer in parts.layers))
+        for rows in cache.chunks(max(1, size)):
             final, target = cache.get("resid_final", rows), cache.target[rows]
             scale = norm_scale(parts, final, norm)
             here = cache.layer(parts.layers[0].index, rows)

@@ -52,12 +52,17 @@ class Vocabulary:
     @staticmethod
     def of(readout: Readout) -> Vocabulary:
         mean = readout.weight.mean(0)
-        gram, longest = torch.zeros(len(mean), len(mean)), 0.0
+        gram, longest = mean.new_zeros(len(mean), len(mean)), 0.0
         for rows in readout.weight.split(max(1, MAX_LOGITS // len(mean))):
             centred = rows - mean
             gram += centred.T @ centred
             longest = max(longest, float(centred.norm(dim=1).max()))
         return Vocabulary(mean, gram, longest)
+
+    def energy(self, columns: Float[Tensor, "m d_model"]) -> Float[Tensor, " m"]:
+        """v'Gv of columns v (G: `gram`), rounded up: where G is far larger in some other direction, it cancels."""
+        rounding = torch.finfo(columns.dtype).eps * self.gram.trace() * columns.square().sum(1)
+        return ((columns @ self.gram) * columns).sum(1).clamp_min(0) + rounding
 
 
 def intervals(
@@ -73,7 +78,7 @@ def intervals(
     """(lower, upper) bounds of the LPI of every neuron of a block, at a linear readout.
 
     `log_p` are the next token's log-probabilities at the state that the block adds to (overwritten); `energy` and
-    `length` are v'Gv (G: vocabulary.gram) and |v| of every neuron's column. With a the change of the logits,
+    `length` are vocabulary.energy and |v| of every neuron's column. With a the change of the logits,
     LPI = a_w - log sum_i p_i exp(a_i). w and the most likely tokens enter as they are; the mean of exp(a) over
     all others is at least exp(mean a) (Jensen), and at most that times Bennett's bound for a variable with the largest
     deviation and the variance that `energy`, `length` and the largest of their probabilities allow.
@@ -99,7 +104,8 @@ def intervals(
     # Where that overflows, the largest deviation itself is the bound.
     raised = middle + torch.fmin((factor / (square + variance)).clamp_min(0).log1p(), deviation)
 
-    row, place = ((a.amax(1) > 1) | (a.amin(1) < -1)).nonzero(as_tuple=True)
+    # Beyond 80, exp comes near the largest float32.
+    row, place = ((a.amax(1) > 1) | (a.amin(1) < -1) | (raised > 80)).nonzero(as_tuple=True)
     wide = log_likely[row] + a[row, :-1, place]
     sums = torch.einsum("nkm,nk->nm", a.expm1_()[:, :-1], log_likely.exp())
     bounds = []
@@ -131,7 +137,7 @@ def search(
     best = upper.topk(pool, dim=1)
     numbers = torch.where(best.values > limit, best.indices, -1)
     known = lower.gather(1, best.indices) == best.values
-    values = torch.zeros(numbers.shape)
+    values = torch.zeros_like(best.values)
     open_ = torch.ones(len(upper), dtype=torch.bool)
     last = 0
     while open_.any() and last < pool:

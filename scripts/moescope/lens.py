@@ -54,7 +54,7 @@ class Readout:
     def logits(self, states: Float[Tensor, "*n d_model"], scale: Float[Tensor, "*n"]) -> Float[Tensor, "*n vocab"]:
         """Logits before any capping."""
         scale = scale if self.norm is None else self.norm.scale(states)
-        logits = (states.float() * scale.unsqueeze(-1)) @ self.weight.T
+        logits = (states.to(self.weight.dtype) * scale.unsqueeze(-1)) @ self.weight.T
         return logits if self.bias is None else logits + self.bias
 
     def cap(self, logits: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n vocab"]:
@@ -114,7 +114,9 @@ def lpi_of(
         at = slice(start, start + step)
         used, index = row[at].unique_consecutive(return_inverse=True)
         known = None if log_p is None else log_p[used]
-        out[at] = _lpi(readout, residual[used], index, vectors[at].float(), scale[used], target[used], known, buffer)
+        out[at] = _lpi(
+            readout, residual[used], index, vectors[at].to(buffer.dtype), scale[used], target[used], known, buffer
+        )
     return out
 
 
@@ -149,7 +151,7 @@ def _lpi(
     if readout.is_linear:
         a = torch.mm(v * s[index].unsqueeze(1), readout.weight.T, out=buffer[: len(v)])
     else:
-        a = readout.cap(readout.logits(r[index].float() + v, s[index])) - readout.cap(readout.logits(r, s))[index]
+        a = readout.cap(readout.logits(r[index].to(v.dtype) + v, s[index])) - readout.cap(readout.logits(r, s))[index]
     found = a.gather(1, w[index].unsqueeze(1)).squeeze(1)
     step = max(1, IN_CACHE // a.shape[1])
     for start in range(0, len(v), step):

@@ -123,8 +123,9 @@ def ffn_neurons(layer: Layer, here: Mapping[str, Tensor]) -> Block | None:
         pieces = [_scaled(layer.experts.path, piece, here.get("experts_scale")) for piece in acts.unbind(1)]
         used = [here["expert_ids"].long()]
     for unit, dense, name in _dense_parts(layer):
-        acts = here["acts"] if name == "dense_" else here[f"{name}acts"] * here[f"{name}gate"].unsqueeze(-1)
-        pieces.append(_scaled(dense.path, acts.float(), here.get(f"{name}scale")))
+        acts = here["acts" if name == "dense_" else f"{name}acts"].float()
+        acts = acts if name == "dense_" else acts * here[f"{name}gate"].float().unsqueeze(-1)
+        pieces.append(_scaled(dense.path, acts, here.get(f"{name}scale")))
         used.append(torch.full((len(acts), 1), unit))
     return _block(layer.index, pieces, used, ffn_units(layer)) if pieces else None
 

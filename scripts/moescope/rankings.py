@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,8 @@ def attribute(
       share (of it in the top 1% of the neurons used, at least one), entropy (of its distribution, nats), gini (of
       max(LPI, 0)), each with a certified half-width *_error: the true value lies within +- that, up to rounding;
       saturated: the target is certain to rounding before every block, no ranking is meaningful and none is made.
-    - neuron_sums, for each prompt and unit: neuron_sum (nats, sum of its neurons' LPIs), error (certified half-width).
+    - neuron_sums, for each prompt and unit: neuron_sum (nats, sum of its neurons' LPIs), error (certified half-width,
+      up to rounding).
 
     Where logits are capped or the norm scale is recomputed no bound holds: unless `exact` is "all", candidates are
     chosen by the bounds of the uncapped readout at fixed scale, values are exact but `exact` is False, `bound` is NaN,
@@ -240,7 +241,7 @@ class Side:
             if self._length[first].isnan():
                 columns = self.units[block.layer, unit].columns()
                 at = slice(first, first + len(columns))
-                self._energy[at] = ((columns @ self.vocabulary.gram) * columns).sum(1).clamp_min(0)
+                self._energy[at] = self.vocabulary.energy(columns)
                 self._length[at] = columns.norm(dim=1)
         return self._energy[numbers], self._length[numbers]
 
@@ -249,14 +250,15 @@ def _of_side(side: Side, relation: np.ndarray | None, top: int, bottom: int) -> 
     chunks = list(side.cache.chunks(max(1, MAX_LOGITS // 2 // max(len(side.readout.weight), side.total))))
     names, code = np.unique([] if relation is None else relation, return_inverse=True)
     of_relation = torch.tensor(code)
-    sums = torch.zeros(2, len(names), side.total)
+    # Sums over thousands of prompts: in float32 they would be off by more than GUARD allows.
+    sums = torch.zeros(2, len(names), side.total, dtype=torch.float64)
     for rows in chunks:
         lower, upper, tables = _of_prompts(side, rows, top, bottom)
         yield from tables.items()
         if relation is not None:
             _, first = np.unique(side.cache.prompt_id[rows], return_index=True)
             for of_all, of_these in zip(sums, (lower, upper), strict=True):
-                of_all.index_add_(0, of_relation[rows[first]], of_these)
+                of_all.index_add_(0, of_relation[rows[first]], of_these.double())
     if relation is not None:
         yield "relation_neurons", _of_relations(side, chunks, names, of_relation, sums, top, bottom)
 
@@ -297,7 +299,7 @@ def _of_relations(
     def everywhere(look: Callable[..., Tensor], numbers: Tensor) -> Tensor:
         wanted = (numbers >= 0).any(1)[of_relation].numpy()
         parts = [part for rows in chunks if len(part := rows[wanted[rows]])] or [chunks[0][:0]]
-        return torch.stack([look(part, of_relation[part], numbers) for part in parts]).sum(0)
+        return reduce(torch.add, (look(part, of_relation[part], numbers).double() for part in parts))
 
     evaluate, activations = (partial(everywhere, look) for look in (side.evaluate, side.activations))
     table = _ranking(side, sums[0], sums[1], evaluate, activations, of_relation.bincount(), top, bottom)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from moescope import bounds, lens, neurons
 
 SEEDS = st.integers(0, 10**6)
+ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-13}
 
 
 def block_of(vectors, activations):
@@ -31,14 +32,15 @@ def lpi_in_float64(weight, state, scale, target, vectors):
     return np.stack([after[i, :, w] - before[i, w] for i, w in enumerate(target)])
 
 
-def intervals_of(weight, state, scale, target, columns, activations):
-    readout = lens.Readout(torch.tensor(weight).float(), None)
-    block = block_of(torch.tensor(columns).float(), torch.tensor(activations).float())
-    s, w = torch.tensor(scale).float(), torch.tensor(target)
-    log_p = readout.log_probs(torch.tensor(state).float(), s)
+def intervals_of(weight, state, scale, target, columns, activations, dtype=torch.float32):
+    weight, state, s, columns, activations = (
+        torch.tensor(x, dtype=dtype) for x in (weight, state, scale, columns, activations)
+    )
+    readout, block, w = lens.Readout(weight, None), block_of(columns, activations), torch.tensor(target)
+    log_p = readout.log_probs(state, s)
     vocabulary = bounds.Vocabulary.of(readout)
     c = block.columns(0)
-    energy, length = ((c @ vocabulary.gram) * c).sum(1), c.norm(dim=1)
+    energy, length = vocabulary.energy(c), c.norm(dim=1)
     shape = activations.shape
     found = bounds.intervals(readout, vocabulary, log_p, block, energy.expand(shape), length.expand(shape), s, w)
     return [bound.double().numpy() for bound in found]
@@ -64,16 +66,18 @@ def test_every_lpi_lies_between_its_bounds(seed, peak, size, vocabulary, common)
     target = rng.integers(0, vocabulary, n)
     vectors = activations[:, :, None] * columns
     exact = lpi_in_float64(weight, state, scale, target, vectors)
-    lower, upper = intervals_of(weight, state, scale, target, columns, activations)
+    found = {x: intervals_of(weight, state, scale, target, columns, activations, x) for x in ROUNDING}
     changes = np.abs(vectors @ weight.T).max()
-    rounding = 1e-6 * (1 + changes) * (1 + np.abs(state @ weight.T).max())
-    assert (exact <= upper + rounding).all()
-    assert (exact >= lower - rounding).all()
-    # Never looser than the tangent of method.md, 2.1.
+    size = (1 + changes) * (1 + np.abs(state @ weight.T).max())
     logits = (state * scale[:, None]) @ weight.T
     p = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
-    gradient = scale[:, None] * (weight[target] - p @ weight)
-    assert (upper <= np.einsum("nmd,nd->nm", vectors, gradient) + rounding).all()
+    tangent = np.einsum("nmd,nd->nm", vectors, scale[:, None] * (weight[target] - p @ weight))
+    for dtype, (lower, upper) in found.items():
+        rounding = ROUNDING[dtype] * size
+        assert (exact <= upper + rounding).all()
+        assert (exact >= lower - rounding).all()
+        # Never looser than the tangent of method.md, 2.1.
+        assert (upper <= tangent + rounding).all()
 
 
 def test_small_vectors_are_bounded_closely(monkeypatch):
@@ -87,6 +91,23 @@ def test_small_vectors_are_bounded_closely(monkeypatch):
     assert 0 < narrow < 2e-4 * wide
     exact = lpi_in_float64(*arguments[:4], acts[:, :, None] * columns)
     assert wide < 0.1 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("peak", [60, 150])
+def test_bounds_are_finite_where_unlikely_tokens_change_beyond_float32(monkeypatch, peak):
+    """Exp overflows for tokens whose own probability is next to nothing, or underflows; likely ones hardly change."""
+    monkeypatch.setattr(bounds, "FOLLOWED", 0)
+    rng = np.random.default_rng(0)
+    weight = np.zeros((3000, 2))
+    weight[: bounds.LIKELY, 0] = 1
+    weight[bounds.LIKELY :, 1] = rng.normal(size=3000 - bounds.LIKELY)
+    columns = np.outer(rng.normal(size=40) * 30, [0, 1])
+    arguments = (weight, np.array([[peak, 0.0]]), np.ones(1), np.array([3]), columns)
+    lower, upper = intervals_of(*arguments, np.ones((1, 40)))
+    exact = lpi_in_float64(*arguments[:4], columns[None])
+    assert np.isfinite([lower, upper]).all()
+    assert (exact <= upper + 1e-4).all()
+    assert (exact >= lower - 1e-4).all()
 
 
 @settings(max_examples=200, deadline=None)
@@ -198,3 +219,16 @@ def test_the_vocabulary_is_what_it_says():
     centred = readout.weight - readout.weight.mean(0)
     torch.testing.assert_close(found.gram, centred.T @ centred, rtol=1e-4, atol=1e-3)
     assert found.longest == pytest.approx(float(centred.norm(dim=1).max()))
+    columns = torch.randn(9, 6)
+    torch.testing.assert_close(found.energy(columns), (columns @ centred.T).square().sum(1), rtol=1e-4, atol=1e-3)
+
+
+def test_energy_is_never_too_small_beside_a_direction_that_the_vocabulary_differs_in_most():
+    rng = np.random.default_rng(0)
+    weight, columns, strong = rng.normal(size=(2000, 64)) * 0.01, rng.normal(size=(200, 64)), rng.normal(size=64)
+    columns -= np.outer(columns @ strong, strong) / (strong @ strong)
+    weight += np.outer(rng.normal(size=2000) * 100, strong)
+    weight, columns = (torch.tensor(x).float() for x in (weight, columns))
+    centred = weight.double() - weight.double().mean(0)
+    exact = (columns.double() @ centred.T).square().sum(1)
+    assert (bounds.Vocabulary.of(lens.Readout(weight, None)).energy(columns) >= exact).all()

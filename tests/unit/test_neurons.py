@@ -36,6 +36,21 @@ def recorded(build, tokens):
     return of
 
 
+def test_a_shared_experts_gate_costs_half_precision_no_digits():
+    model = families.build("qwen2_moe").to(torch.bfloat16)
+    parts = anatomy.find(model)
+    with torch.no_grad():
+        tensors, _ = capture.record(model, parts, families.IDS)
+        for block, _ in blocks_of(parts, tensors, "ffn"):
+            n, m = block.activations.shape
+            vectors = block.contributions(torch.arange(n).repeat_interleave(m), torch.arange(m).repeat(n))
+            layer = parts.layers[block.layer]
+            whole = capture.ffn_output(layer, capture._of_layer(tensors, layer))
+            torch.testing.assert_close(
+                vectors.view(n, m, -1).sum(1), whole, rtol=0, atol=1e-5 * float(whole.abs().max())
+            )
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("name", ["qwen2_moe", "llama", "deepseek_v3", "gpt_oss", "flex_olmo", "granitemoe"])
 def test_neurons_add_up_to_their_block_and_each_is_valued_as_any_vector(recorded, name, side):

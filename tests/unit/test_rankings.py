@@ -1,5 +1,7 @@
 """The strongest neurons by the bounds, against all neurons by brute force and against planted ones."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -117,6 +119,25 @@ def test_the_strongest_neurons_are_those_of_brute_force(run, name):
         assert (found["lpi"] >= found["bound"] - guard)[~above].all()
 
 
+def test_of_equal_neurons_as_many_are_named_as_there_is_room_for(build, tokens, tmp_path):
+    """Every neuron twice: with an odd number of them a pair is cut."""
+    torch.set_num_threads(1)
+    model = copy.deepcopy(build("llama"))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for rows in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight.T):
+                rows[1::2] = rows[::2]
+    parts = anatomy.find(model)
+    tensors, prompts, _ = capture.in_memory(model, parts, tokens, 64)
+    write_tensors(tensors, tmp_path / "0.safetensors")
+    found = rankings.attribute(parts, [tmp_path / "0.safetensors"], prompts, top=9, bottom=3)["neurons"]
+    every = brute_force(parts, tensors, prompts, "ffn")
+    for prompt_id, own in found.rename(columns={"expert": "unit"}).groupby("prompt_id"):
+        check_ranking(own, every[every["prompt_id"] == prompt_id], 9, 3)
+        pairs = own.groupby(["layer", own["neuron"] // 2]).size().value_counts()
+        assert pairs.to_dict() == {2: 5, 1: 2}
+
+
 @pytest.mark.parametrize("name", ["qwen2_moe", "mixtral", "llama", "deepseek_v3", "flex_olmo"])
 def test_rankings_of_relations_are_of_mean_lpi_over_all_their_prompts(run, name):
     parts, paths, prompts, tensors = run(name)
@@ -131,6 +152,20 @@ def test_rankings_of_relations_are_of_mean_lpi_over_all_their_prompts(run, name)
             both = check_ranking(chosen, mean, TOP, BOTTOM)
             assert (both["used"] == both["users"]).all()
             assert (chosen["prompts"] == n).all()
+
+
+def test_thousands_of_prompts_cost_a_relation_no_digits(run, tmp_path):
+    """The same prompt over and over has its own LPIs as means."""
+    parts, _, prompts, tensors = run("gpt2")
+    n, row = 3000, {name: tensor[:1] for name, tensor in tensors.items()}
+    many = {name: tensor.expand(n, *tensor.shape[1:]).contiguous() for name, tensor in row.items()}
+    write_tensors(many | {"prompt_id": torch.arange(n, dtype=torch.int32)}, tmp_path / "0.safetensors")
+    same = pd.DataFrame({"prompt_id": np.arange(n), "relation": "r", "target_ids": [prompts["target_ids"][0]] * n})
+    tables = rankings.attribute(parts, [tmp_path / "0.safetensors"], same, top=TOP, bottom=BOTTOM)
+    for kind, (side, _) in KINDS.items():
+        own = tables[kind].query("prompt_id == 0")
+        mean = tables["relation_neurons"][tables["relation_neurons"]["block"] == side]
+        np.testing.assert_allclose(mean["lpi"], own["lpi"], rtol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "olmoe", "llama", "gpt_oss", "flex_olmo"])
