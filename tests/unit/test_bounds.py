@@ -80,9 +80,8 @@ def test_every_lpi_lies_between_its_bounds(seed, peak, size, vocabulary, common)
         assert (upper <= tangent + rounding).all()
 
 
-def test_small_vectors_are_bounded_closely(monkeypatch):
+def test_small_vectors_are_bounded_closely():
     """The gap is of second order: vectors of a hundredth the size have gaps of a ten-thousandth."""
-    monkeypatch.setattr(bounds, "FOLLOWED", 0)
     rng = np.random.default_rng(0)
     weight, state = rng.normal(size=(3000, 32)), rng.normal(size=(4, 32)) * 0.5
     columns, acts = rng.normal(size=(50, 32)) * 0.002, rng.normal(size=(4, 50))
@@ -94,13 +93,12 @@ def test_small_vectors_are_bounded_closely(monkeypatch):
 
 
 @pytest.mark.parametrize("peak", [60, 150])
-def test_bounds_are_finite_where_unlikely_tokens_change_beyond_float32(monkeypatch, peak):
+def test_bounds_are_finite_where_unlikely_tokens_change_beyond_float32(peak):
     """Exp overflows for tokens whose own probability is next to nothing, or underflows; likely ones hardly change."""
-    monkeypatch.setattr(bounds, "FOLLOWED", 0)
     rng = np.random.default_rng(0)
     weight = np.zeros((3000, 2))
-    weight[: bounds.LIKELY, 0] = 1
-    weight[bounds.LIKELY :, 1] = rng.normal(size=3000 - bounds.LIKELY)
+    weight[: bounds.LIKELY[1], 0] = 1
+    weight[bounds.LIKELY[1] :, 1] = rng.normal(size=3000 - bounds.LIKELY[1])
     columns = np.outer(rng.normal(size=40) * 30, [0, 1])
     arguments = (weight, np.array([[peak, 0.0]]), np.ones(1), np.array([3]), columns)
     lower, upper = intervals_of(*arguments, np.ones((1, 40)))

@@ -18,12 +18,6 @@ KINDS = {"neurons": ("ffn", "expert"), "attention_neurons": ("attention", "head"
 TOP, BOTTOM = 12, 5
 
 
-@pytest.fixture(autouse=True)
-def bounded(monkeypatch):
-    """Follow few tokens: the small vocabulary of these models would else be followed as a whole."""
-    monkeypatch.setattr(bounds, "FOLLOWED", 0)
-
-
 @pytest.fixture(scope="module")
 def run(build, tokens, tmp_path_factory):
     """A model's parts, its cache as a file, its prompts, and what is in the cache; made once."""
@@ -198,7 +192,7 @@ def test_what_is_said_of_all_neurons_is_within_the_certified_error(run, name):
 def test_following_all_tokens_leaves_nothing_to_evaluate(run, monkeypatch):
     parts, paths, prompts, _ = run("olmoe")
     few = rankings.attribute(parts, paths, prompts, top=TOP, bottom=BOTTOM)
-    monkeypatch.setattr(bounds, "FOLLOWED", 2**30)
+    monkeypatch.setattr(bounds, "LIKELY", (2**30, 2**30))
     monkeypatch.setattr(rankings, "lpi_of", None)
     found = rankings.attribute(parts, paths, prompts, top=TOP, bottom=BOTTOM)
     np.testing.assert_allclose(found["neurons"]["lpi"], few["neurons"]["lpi"], atol=2e-7, rtol=1e-4)
@@ -243,7 +237,7 @@ def test_shards_chunks_and_order_change_nothing(run, tmp_path, monkeypatch):
     pieces = [tmp_path / f"{i}.safetensors" for i in range(3)]
     for piece, rows in zip(pieces, shuffled):
         write_tensors({name: tensor[rows] for name, tensor in tensors.items()}, piece)
-    monkeypatch.setattr(rankings, "MAX_LOGITS", 8 * rankings.LIKELY * 64)
+    monkeypatch.setattr(rankings, "MAX_LOGITS", 8 * 64 * 64)
     monkeypatch.setattr(lens, "MAX_LOGITS", 1000)
     shards = rankings.attribute(parts, pieces, prompts, top=TOP, bottom=BOTTOM)
     for kind, table in whole.items():
