@@ -442,7 +442,9 @@ def test_queries_by_hand():
     assert (found["estimate"] <= found["high"]).all()
 
 
-@pytest.mark.parametrize("name", ["concentration", *neuron_level().keys() & tables.SUMMARIES.keys(), "additivity"])
+@pytest.mark.parametrize(
+    "name", ["concentration", *sorted(neuron_level().keys() & tables.SUMMARIES.keys()), "additivity"]
+)
 def test_a_model_without_neurons_gives_empty_tables_with_the_same_columns(name):
     whole = {("facts", "moe"): run() | neuron_level()}
     none = {kind: table.iloc[:0] for kind, table in neuron_level().items()}
