@@ -129,20 +129,23 @@ def search(
     evaluate: Evaluate,
     rows: Int[Tensor, " groups"],
     sign: int = 1,
+    bounded: bool = True,
 ) -> tuple[Int[Tensor, "groups c"], Float[Tensor, "groups c"], Float[Tensor, "groups c"], Bool[Tensor, " groups"]]:
     """The neurons that may be among the k with the largest positive value of each group, all of them evaluated.
 
-    A neuron's value is `sign` times its LPI, summed over the `rows` rows of a group, and lies between `lower` and
-    `upper`; where they are equal it is known. Returns for c neurons their numbers (-1 for none), values and upper
-    bounds, and whether these hold all of the k, ties included: bounds so loose that more than k + EXTRA neurons would
-    have to be looked at leave that open.
+    A neuron's value is `sign` times its LPI, summed over the `rows` rows of a group. The LPI lies between `lower` and
+    `upper` and is known where they are equal, unless not `bounded`: then they only say what to look at first. Returns
+    for c neurons their numbers (-1 for none), values and upper bounds of the values, and whether these hold all of the
+    k, ties included: bounds so loose that more than k + EXTRA neurons would have to be looked at leave that open.
     """
     total, limit = upper.shape[1], GUARD * rows.unsqueeze(1)
     pool = min(k + EXTRA, total)
-    best = upper.topk(pool, dim=1)
-    numbers = torch.where(best.values > limit, best.indices, -1)
-    known = lower.gather(1, best.indices) == best.values
-    values = torch.zeros_like(best.values)
+    outer, inner = (upper, lower) if sign > 0 else (lower, upper)
+    best, indices = outer.topk(pool, dim=1, largest=sign > 0)
+    known = (inner.gather(1, indices) == best) & bounded
+    best = sign * best
+    numbers = torch.where(best > limit, indices, -1)
+    values = torch.zeros_like(best)
     open_ = torch.ones(len(upper), dtype=torch.bool)
     last, step = 0, STEP
     while open_.any() and last < pool:
@@ -150,13 +153,13 @@ def search(
         step *= 2
         asked, at = torch.where(open_.unsqueeze(1), numbers[:, first:last], -1), slice(first, last)
         found = sign * evaluate(torch.where(known[:, at], -1, asked))
-        values[:, at] = torch.where(asked < 0, 0, torch.where(known[:, at], best.values[:, at], found))
+        values[:, at] = torch.where(asked < 0, 0, torch.where(known[:, at], best[:, at], found))
         worst = values.topk(min(k, pool), dim=1).values[:, -1].clamp_min(0)
         # Whatever lies outside of the pool is bounded by the last in it.
-        following = best.values[:, min(last, pool - 1)]
+        following = best[:, min(last, pool - 1)]
         open_ &= (following > limit[:, 0]) & (worst < following + limit[:, 0] + GUARD * worst) & (last < total)
         numbers[:, last:] = torch.where(open_.unsqueeze(1), numbers[:, last:], -1)
-    return numbers, values, best.values, ~open_
+    return numbers, values, best, ~open_
 
 
 def tighten(lower: Float[Tensor, "groups total"], upper: Float[Tensor, "groups total"], evaluate: Evaluate) -> None:

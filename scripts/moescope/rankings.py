@@ -327,9 +327,7 @@ def _ranking(
     """
     frames = []
     for sign, k in ((1, top), (-1, bottom)) if bottom else ((1, top),):
-        low, high = (lower, upper) if sign > 0 else (-upper, -lower)
-        low = low if side.bounded else torch.full_like(low, -torch.inf)
-        numbers, values, limits, certain = search(low, high, k, evaluate, rows, sign)
+        numbers, values, limits, certain = search(lower, upper, k, evaluate, rows, sign, side.bounded)
         if side.bounded:
             settle(lower, upper, numbers, sign * values)
         group = torch.arange(len(rows)).unsqueeze(1).expand_as(numbers)

@@ -109,8 +109,15 @@ def test_bounds_are_finite_where_unlikely_tokens_change_beyond_float32(peak):
 
 
 @settings(max_examples=200, deadline=None)
-@given(seed=SEEDS, total=st.integers(1, 60), k=st.integers(1, 20), slack=st.floats(0, 3), digits=st.integers(0, 6))
-def test_the_search_finds_the_k_largest_whatever_the_bounds(seed, total, k, slack, digits):
+@given(
+    seed=SEEDS,
+    total=st.integers(1, 60),
+    k=st.integers(1, 20),
+    slack=st.floats(0, 3),
+    digits=st.integers(0, 6),
+    sign=st.sampled_from([1, -1]),
+)
+def test_the_search_finds_the_k_largest_whatever_the_bounds(seed, total, k, slack, digits, sign):
     """Also with ties (few digits), known values (no slack) and no positive value at all."""
     rng = np.random.default_rng(seed)
     values = torch.tensor(rng.normal(size=(5, total)).round(digits)) - rng.integers(0, 2)
@@ -125,7 +132,8 @@ def test_the_search_finds_the_k_largest_whatever_the_bounds(seed, total, k, slac
         out[group, column] = values[group, numbers[group, column]]
         return out
 
-    numbers, found, _, certain = bounds.search(lower, upper, k, evaluate, torch.ones(5, dtype=torch.long))
+    numbers, found, _, certain = bounds.search(lower, upper, k, evaluate, torch.ones(5, dtype=torch.long), sign)
+    values = sign * values
     assert certain.all()
     assert not looked[lower == upper].any()
     for group in range(5):
