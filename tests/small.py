@@ -158,6 +158,6 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 def assert_same_tables(one: Path, other: Path) -> None:
     first, second = tables(one), tables(other)
     assert first.keys() == second.keys()
-    assert len(first) == 8
+    assert len(first) == 15
     for name, table in first.items():
         pd.testing.assert_frame_equal(table, second[name], check_exact=True, obj=name)
