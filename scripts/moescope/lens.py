@@ -37,11 +37,11 @@ class Readout:
         """`norm` as in norm_scale."""
         final, unembedding = parts.final_norm, parts.unembedding
         with weights_of(unembedding):
-            plain = cast(Tensor, unembedding.weight).detach().float() * parts.logit_scale
+            plain = cast(Tensor, unembedding.weight).detach().float()
             bias = plain @ final.bias.float()
             if getattr(unembedding, "bias", None) is not None:
-                bias = bias + cast(Tensor, unembedding.bias).detach().float() * parts.logit_scale
-        weight = plain * final.gain.float()
+                bias = bias + cast(Tensor, unembedding.bias).detach().float()
+            weight, bias = plain * (final.gain.float() * parts.logit_scale), bias * parts.logit_scale
         weight = weight - weight.mean(-1, keepdim=True) if final.centred else weight
         recomputed = final if norm == "recomputed" else None
         return Readout(weight, bias if bias.any() else None, parts.softcap, recomputed)
