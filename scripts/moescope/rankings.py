@@ -181,10 +181,8 @@ class Side:
             if self.evaluate_all:
                 low = high = every(readout, state, block, scale, target)
             else:
-                pieces, step = (
-                    [],
-                    max(1, AT_ONCE // (block.activations.shape[1] * followed_tokens(block.activations.shape[1]))),
-                )
+                m = block.activations.shape[1]
+                pieces, step = [], max(1, AT_ONCE // (m * followed_tokens(m)))
                 for some in torch.arange(len(rows)).split(step):
                     part = block.of(some)
                     energy, length = self._columns(part, numbers[some])
