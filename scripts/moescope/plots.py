@@ -38,26 +38,12 @@ Tables = Mapping[str, pd.DataFrame]
 
 def gains(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Mean LPI of attention and FFN blocks over depth, a panel for each model."""
-    table = tables["gains"]
-    with _panels(models, note, sharey=True) as (figure, panels):
-        for model, axes in panels.items():
-            for part, (label, colour, marker) in BLOCKS.items():
-                rows = table[(table["model"] == model) & (table["part"] == part)]
-                _curve(axes, rows, "layer", "estimate", color=colour, marker=marker, label=label)
-        _layers(figure, panels, "mean LPI (nats)")
-    return figure
+    return _blocks_by_layer(tables["gains"], "part", "estimate", "mean LPI (nats)", models, note)
 
 
 def neurons(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Share of a prompt's top neurons in each layer, of the FFN and of attention, a panel for each model."""
-    table = tables["neurons"]
-    with _panels(models, note, sharey=True) as (figure, panels):
-        for model, axes in panels.items():
-            for block, (label, colour, marker) in BLOCKS.items():
-                rows = table[(table["model"] == model) & (table["block"] == block)]
-                _curve(axes, rows, "layer", "share", color=colour, marker=marker, label=label)
-        _layers(figure, panels, "share of a prompt's top neurons")
-    return figure
+    return _blocks_by_layer(tables["neurons"], "block", "share", "share of a prompt's top neurons", models, note)
 
 
 def additivity(tables: Tables, models: Sequence[str], note: str) -> Figure:
@@ -327,6 +313,19 @@ def _models(axes: Axes, table: pd.DataFrame, models: Sequence[str], dense: set[s
         axes.plot([row["low"], row["high"]], [y, y], color=colour)
         axes.plot(row["estimate"], y, "o" if model in dense else "s", color=colour, markerfacecolor=fill)
     axes.set_yticks(range(len(models)), models)
+
+
+def _blocks_by_layer(
+    table: pd.DataFrame, block: str, value: str, label: str, models: Sequence[str], note: str
+) -> Figure:
+    """Curves of attention and FFN over depth, a panel for each model; the column `block` says which of them."""
+    with _panels(models, note, sharey=True) as (figure, panels):
+        for model, axes in panels.items():
+            for name, (legend, colour, marker) in BLOCKS.items():
+                rows = table[(table["model"] == model) & (table[block] == name)]
+                _curve(axes, rows, "layer", value, color=colour, marker=marker, label=legend)
+        _layers(figure, panels, label)
+    return figure
 
 
 def _maps(table: pd.DataFrame, unit: str, models: Sequence[str], note: str) -> Figure:
