@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
+from moescope import cause_plots
 from moescope.artifacts import replacing
-
-# Okabe and Ito's palette; every series also has a marker or a line style of its own.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
-DIVERGING = "PuOr_r"
-STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "legend.frameon": False,
-    "svg.hashsalt": "moescope",
-    "svg.fonttype": "none",
-    "figure.constrained_layout.use": True,
-}
-PANEL_WIDTH, PANEL_HEIGHT = 3.4, 2.3
-BLOCKS = {"attention": ("attention", BLUE, "o"), "ffn": ("FFN", ORANGE, "s")}
-
-Tables = Mapping[str, pd.DataFrame]
+from moescope.drawing import (
+    BLOCKS,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    STYLE,
+    Tables,
+    axis_labels,
+    band,
+    curve,
+    first_panel,
+    over_depth,
+    panel_grid,
+    unit_maps,
+)
 
 
 def gains(tables: Tables, models: Sequence[str], note: str) -> Figure:
@@ -53,7 +49,7 @@ def additivity(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """
     table = tables["additivity"]
     table = table[~table["component"].isin(["attention", "heads"])]
-    with _panels(models, note, sharey=True) as (figure, panels):
+    with panel_grid(models, note, sharey=True) as (figure, panels):
         for model, axes in panels.items():
             mine = table[table["model"] == model]
             whole = mine[mine["component"] == "ffn"].drop_duplicates("layer").sort_values("layer")
@@ -61,10 +57,10 @@ def additivity(tables: Tables, models: Sequence[str], note: str) -> Figure:
             for parts, colour, marker in (("experts", ORANGE, "s"), ("neurons", BLUE, "o")):
                 rows = mine[mine["parts"] == parts]
                 rows = rows.assign(low=rows["whole"] + rows["low"], high=rows["whole"] + rows["high"])
-                _curve(axes, rows, "layer", "sum", color=colour, marker=marker, label=f"sum over {parts}")
+                curve(axes, rows, "layer", "sum", color=colour, marker=marker, label=f"sum over {parts}")
                 rows = rows.assign(low=rows["low"] - rows["error"], high=rows["high"] + rows["error"])
-                _band(axes, rows, "layer", color=colour, alpha=0.12)
-        _layers(figure, panels, "mean LPI (nats)")
+                band(axes, rows, "layer", color=colour, alpha=0.12)
+        over_depth(figure, panels, "mean LPI (nats)")
     return figure
 
 
@@ -73,42 +69,42 @@ def queries(tables: Tables, models: Sequence[str], note: str) -> Figure:
     table = tables["queries"]
     hollow = {"markerfacecolor": "white", "linestyle": "--"}
     roles: Any = {"value": (BLOCKS, {}), "query": (BLOCKS | {"embedding": ("embedding", GREEN, "D")}, hollow)}
-    with _panels(models, note) as (figure, panels):
+    with panel_grid(models, note) as (figure, panels):
         for model, axes in panels.items():
             mine = table[table["model"] == model]
             for role, (parts, style) in roles.items():
                 for part, (label, colour, marker) in parts.items():
                     rows = mine[(mine["role"] == role) & (mine["part"] == part)]
                     named = {"label": f"{role}: {label}", "color": colour, "marker": marker}
-                    _curve(axes, rows, "layer", "estimate", **named, **style)
-        _layers(figure, panels, "mean score (nats)")
+                    curve(axes, rows, "layer", "estimate", **named, **style)
+        over_depth(figure, panels, "mean score (nats)")
     return figure
 
 
 def expert_curves(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Share of the positive LPI that the best experts hold against their number: each relation, and all prompts."""
     table = tables["expert_curves"]
-    with _panels(models, note, sharey=True) as (figure, panels):
+    with panel_grid(models, note, sharey=True) as (figure, panels):
         for model, axes in panels.items():
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
             rows = table[table["model"] == model]
-            for _, curve in rows[rows["relation"] != "all"].groupby("relation"):
-                axes.plot(curve["experts"], curve["share"], color=GREY, linewidth=0.6, alpha=0.6)
+            for _, each in rows[rows["relation"] != "all"].groupby("relation"):
+                axes.plot(each["experts"], each["share"], color=GREY, linewidth=0.6, alpha=0.6)
             axes.plot([], [], color=GREY, linewidth=0.6, label="each relation")
             every = rows[rows["relation"] == "all"]
-            _curve(axes, every, "experts", "share", color=ORANGE, linewidth=2.5, marker="", label="all prompts")
-        _label(figure, panels, "experts of all layers, best first", "share of the positive LPI")
-        _first(panels).legend()
+            curve(axes, every, "experts", "share", color=ORANGE, linewidth=2.5, marker="", label="all prompts")
+        axis_labels(figure, panels, "experts of all layers, best first", "share of the positive LPI")
+        first_panel(panels).legend()
     return figure
 
 
 def stages(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Share of the summed FFN gain in each stage of depth, a bar for each model."""
     table = tables["stages"]
-    with _panels([""], note, width=6.5, height=0.45 * len(models) + 1) as (figure, panels):
-        axes = _first(panels)
+    with panel_grid([""], note, width=6.5, height=0.45 * len(models) + 1) as (figure, panels):
+        axes = first_panel(panels)
         for y, model in enumerate(models):
             left = 0.0
             for row, colour, hatch in zip(
@@ -136,62 +132,13 @@ def stages(tables: Tables, models: Sequence[str], note: str) -> Figure:
 
 def heads(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Mean LPI of every head, layer by head."""
-    return _maps(tables["heads"], "head", models, note)
+    return unit_maps(tables["heads"], "head", models, note)
 
 
 def experts(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Mean LPI of every expert, layer by expert; shared experts stand apart on the left."""
     table = tables["experts"]
-    return _maps(table[table["task"] == "all"], "expert", models, note)
-
-
-def blocking(tables: Tables, models: Sequence[str], note: str) -> Figure:
-    """MRR against the number of experts blocked: a relation's best ones, and matched random ones."""
-    table = tables["blocking"]
-    table = table[table["scope"] == "all"]
-    with _panels(models, note, sharey=True) as (figure, panels):
-        for model, axes in panels.items():
-            rows = table[table["model"] == model].sort_values("n_blocked")
-            x = np.arange(len(rows) + 1)
-            clean = rows["mrr_clean"].iloc[:1]
-
-            def with_clean(column: str, rows: pd.DataFrame = rows, clean: pd.Series = clean) -> np.ndarray:
-                return np.concatenate([clean, rows[column]])
-
-            low, high = with_clean("mrr_random_low"), with_clean("mrr_random_high")
-            axes.fill_between(x, low, high, color=GREY, alpha=0.35, linewidth=0)
-            axes.plot(x, with_clean("mrr_random"), color=GREY, linestyle="--", label="random (matched)")
-            best = with_clean("mrr_blocked")
-            spread = np.abs(np.stack([with_clean("mrr_blocked_low"), with_clean("mrr_blocked_high")]) - best)
-            axes.errorbar(x, best, spread, color=ORANGE, marker="s", markersize=4, capsize=2, label="best by LPI")
-            axes.set_xticks(x, ["0", *rows["n_blocked"].astype(str)])
-        _label(figure, panels, "routed experts blocked", "MRR")
-        _first(panels).legend()
-    return figure
-
-
-def keep_only(tables: Tables, models: Sequence[str], note: str) -> Figure:
-    """HIT@10 and MRR when only some experts are kept."""
-    table = tables["keep_only"]
-    table = table[table["task"] == "all"]
-    height = 0.22 * table.groupby("model").size().max() + 0.6
-    with _panels(models, note, height=height) as (figure, panels):
-        for model, axes in panels.items():
-            rows = table[table["model"] == model].sort_values(
-                ["shared", "routed"], key=lambda c: c.replace(-1, 1 << 14)
-            )
-            y = np.arange(len(rows))
-            for metric, label, colour, marker in (("hit_at_10", "HIT@10", BLUE, "o"), ("mrr", "MRR", ORANGE, "s")):
-                spread = np.abs(np.stack([rows[f"{metric}_low"], rows[f"{metric}_high"]]) - rows[metric].to_numpy())
-                axes.errorbar(
-                    rows[metric], y, xerr=spread, color=colour, marker=marker, markersize=4, ls="", label=label
-                )
-            axes.set_yticks(y, rows["kept"])
-            axes.invert_yaxis()
-            axes.set_xlim(-0.03, 1.03)
-        _label(figure, panels, "HIT@10, MRR", "experts kept")
-        _first(panels).legend()
-    return figure
+    return unit_maps(table[table["task"] == "all"], "expert", models, note)
 
 
 def efficiency(tables: Tables, models: Sequence[str], note: str) -> Figure:
@@ -207,12 +154,12 @@ def efficiency(tables: Tables, models: Sequence[str], note: str) -> Figure:
         "peak_position": "peak position (share of depth)",
         "layer_efficiency": "layer efficiency (nats per layer)",
     }
-    with _panels(list(units), note, columns=3, height=0.22 * len(models) + 0.6, sharey=True) as (figure, panels):
+    with panel_grid(list(units), note, columns=3, height=0.22 * len(models) + 0.6, sharey=True) as (figure, panels):
         for metric, axes in panels.items():
             _models(axes, table[table["metric"] == metric].assign(error=0.0), models, dense)
             axes.set_title("")
             axes.set_xlabel(units[metric])
-        _first(panels).invert_yaxis()
+        first_panel(panels).invert_yaxis()
     return figure
 
 
@@ -232,13 +179,13 @@ def concentration(tables: Tables, models: Sequence[str], note: str) -> Figure:
         "neurons": "neurons used",
     }
     chosen = {f"{BLOCKS[block][0]}, {metric}": (block, metric) for metric in units for block in ("ffn", "attention")}
-    with _panels(list(chosen), note, height=0.22 * len(models) + 0.75, sharey=True) as (figure, panels):
+    with panel_grid(list(chosen), note, height=0.22 * len(models) + 0.75, sharey=True) as (figure, panels):
         for name, axes in panels.items():
             block, metric = chosen[name]
             _models(axes, table[(table["block"] == block) & (table["metric"] == metric)], models, dense)
             axes.set_title(BLOCKS[block][0])
             axes.set_xlabel(units[metric])
-        _first(panels).invert_yaxis()
+        first_panel(panels).invert_yaxis()
     return figure
 
 
@@ -248,8 +195,7 @@ FIGURES: Mapping[str, Callable[[Tables, Sequence[str], str], Figure]] = {
     "efficiency": efficiency,
     "heads": heads,
     "experts": experts,
-    "blocking": blocking,
-    "keep_only": keep_only,
+    **cause_plots.FIGURES,
     "neurons": neurons,
     "concentration": concentration,
     "expert_curves": expert_curves,
@@ -280,30 +226,6 @@ def note(
     )
 
 
-def _curve(axes: Axes, rows: pd.DataFrame, x: str, y: str, **style: Any) -> None:
-    """One line with its interval; a band about one point has no width, it is drawn as an upright line."""
-    rows = rows.sort_values(x)
-    axes.plot(rows[x], rows[y], **{"markersize": 4, **style})
-    _band(axes, rows, x, color=style["color"], alpha=0.25)
-    if len(rows) == 1:
-        axes.vlines(rows[x], rows["low"], rows["high"], color=style["color"], linewidth=1)
-
-
-def _band(axes: Axes, rows: pd.DataFrame, x: str, **style: Any) -> None:
-    rows = rows.sort_values(x)
-    # Columns of a table without rows have no type.
-    axes.fill_between(*rows[[x, "low", "high"]].to_numpy(float).T, linewidth=0, **style)
-
-
-def _layers(figure: Figure, panels: Mapping[str, Axes], y: str) -> None:
-    """What curves over depth share: layers below, a line at 0, a legend above."""
-    for axes in panels.values():
-        axes.axhline(0, color="black", linewidth=0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label(figure, panels, "layer", y)
-    figure.legend(*_first(panels).get_legend_handles_labels(), loc="outside upper center", ncols=3)
-
-
 def _models(axes: Axes, table: pd.DataFrame, models: Sequence[str], dense: set[str]) -> None:
     """One estimate a model with its interval, grey where the certified error widens it; a model may have none."""
     for y, (model, row) in enumerate(table.set_index("model").reindex(models).iterrows()):
@@ -319,64 +241,10 @@ def _blocks_by_layer(
     table: pd.DataFrame, block: str, value: str, label: str, models: Sequence[str], note: str
 ) -> Figure:
     """Curves of attention and FFN over depth, a panel for each model; the column `block` says which of them."""
-    with _panels(models, note, sharey=True) as (figure, panels):
+    with panel_grid(models, note, sharey=True) as (figure, panels):
         for model, axes in panels.items():
             for name, (legend, colour, marker) in BLOCKS.items():
                 rows = table[(table["model"] == model) & (table[block] == name)]
-                _curve(axes, rows, "layer", value, color=colour, marker=marker, label=legend)
-        _layers(figure, panels, label)
+                curve(axes, rows, "layer", value, color=colour, marker=marker, label=legend)
+        over_depth(figure, panels, label)
     return figure
-
-
-def _maps(table: pd.DataFrame, unit: str, models: Sequence[str], note: str) -> Figure:
-    """A map of mean LPI, layer by unit, for each model, each with a colour scale of its own."""
-    with _panels(models, note) as (figure, panels):
-        for model, axes in panels.items():
-            rows = table[table["model"] == model]
-            wide = rows.pivot(index="layer", columns=unit, values="estimate")
-            routed = wide.loc[:, [c for c in wide if c >= 0]].reindex(columns=range(max(wide) + 1))
-            shared = wide.loc[:, [c for c in wide if c < 0]].iloc[:, ::-1]
-            gap = np.full((len(wide), 1 if shared.size else 0), np.nan)
-            values = np.hstack([shared.to_numpy(), gap, routed.to_numpy()])
-            limit = np.nanmax(np.abs(values))
-            image = axes.imshow(values, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            offset = shared.shape[1] + gap.shape[1]
-            ticks = np.unique(np.linspace(0, routed.shape[1] - 1, min(routed.shape[1], 5)).astype(int))
-            named = [f"s{i}" for i in range(shared.shape[1])]
-            axes.set_xticks([*range(len(named)), *(ticks + offset)], [*named, *map(str, ticks)])
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.invert_yaxis()
-            figure.colorbar(image, ax=axes, label="mean LPI (nats)")
-        _label(figure, panels, f"{unit} (s: shared)" if (table[unit] < 0).any() else unit, "layer")
-    return figure
-
-
-@contextmanager
-def _panels(
-    names: Sequence[str],
-    note: str,
-    columns: int = 2,
-    width: float = PANEL_WIDTH,
-    height: float = PANEL_HEIGHT,
-    sharey: bool = False,
-) -> Iterator[tuple[Figure, dict[str, Axes]]]:
-    """A figure with one titled panel a name, row by row, and a note below."""
-    columns = min(columns, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.3))
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=sharey).flatten()
-    for axes, name in zip(grid, names, strict=False):
-        axes.set_title(name)
-    for axes in grid[len(names) :]:
-        axes.set_visible(False)
-    yield figure, dict(zip(names, grid, strict=False))
-    figure.text(0.5, -0.02, note, ha="center", va="top", fontsize=7, color="0.35")
-
-
-def _label(figure: Figure, panels: Mapping[str, Axes], x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=9)
-    figure.supylabel(y, fontsize=9)
-
-
-def _first(panels: Mapping[str, Axes]) -> Axes:
-    return next(iter(panels.values()))

@@ -8,7 +8,6 @@ a layer without routed experts, or whose heads are not told apart, has no rows o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import pairwise
 from operator import sub
@@ -16,13 +15,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
+from moescope import cause_tables
 from moescope.published import Published, blocked_mrr, numbers
-from moescope.stats import cluster_bootstrap, hits, interval, reciprocal, two_change_points
-
-Runs = Mapping[tuple[str, str], Mapping[str, pd.DataFrame]]
-"""The tables of each (data set, model), by kind."""
+from moescope.stats import hits, reciprocal, two_change_points
+from moescope.summaries import (
+    Bootstrap,
+    Runs,
+    by_layer,
+    column_summary,
+    counts,
+    labelled,
+    only,
+    scopes,
+    tasks,
+    together,
+)
 
 PRECISION = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 """Largest relative rounding error of each dtype."""
@@ -43,25 +51,6 @@ SHOWN = 10
 """Neurons of each relation and block that the table of them shows."""
 
 
-@dataclass(frozen=True)
-class Bootstrap:
-    """How intervals are made: number of draws, coverage, seed."""
-
-    bootstrap_draws: int
-    confidence: float
-    seed: int
-
-    def means(self, values: Float[np.ndarray, "n m"], subjects: pd.Series) -> Float[np.ndarray, "draws+1 m"]:
-        """Column means: the observed ones first, then one row a draw."""
-        drawn = cluster_bootstrap(values, subjects.to_numpy(), self.bootstrap_draws, self.seed)
-        return np.vstack([values.mean(0, dtype=float), drawn])
-
-    def summary(self, means: Float[np.ndarray, "draws+1 *m"]) -> dict[str, Float[np.ndarray, "*m"]]:
-        """Observed value and interval of a statistic that was computed from every row of `means`."""
-        low, high = interval(means[1:], self.confidence)
-        return {"estimate": means[0], "low": low, "high": high}
-
-
 def efficiency(runs: Runs, partners: Mapping[str, str], bootstrap: Bootstrap) -> pd.DataFrame:
     """KA Table 1 for each model, and the difference MoE - dense for each pair on the prompts that both have.
 
@@ -72,7 +61,7 @@ def efficiency(runs: Runs, partners: Mapping[str, str], bootstrap: Bootstrap) ->
     """
     rows: list[dict[str, Any]] = []
     for labels, prompts, values in _compared(runs, partners, _per_prompt):
-        for task, scope in _tasks(prompts):
+        for task, scope in tasks(prompts):
             rows += _metric_rows(labels | {"task": task}, METRICS, values, scope, bootstrap)
     return pd.DataFrame(rows)
 
@@ -94,7 +83,7 @@ def concentration(runs: Runs, partners: Mapping[str, str], bootstrap: Bootstrap)
         for labels, prompts, values in _compared(runs, partners, partial(_concentration, block)):
             saturated = np.any([frame["saturated"] for frame in values], axis=0)
             undefined = np.any([frame["share"].isna() for frame in values], axis=0)
-            for task, scope in _tasks(prompts.assign(saturated=saturated, left_out=saturated | undefined)):
+            for task, scope in tasks(prompts.assign(saturated=saturated, left_out=saturated | undefined)):
                 left = scope[~scope["left_out"]]
                 found = _metric_rows(labels | {"task": task, "block": block}, CONCENTRATION, values, left, bootstrap)
                 for row in found:
@@ -110,8 +99,8 @@ def gains(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     for (dataset, model), run in runs.items():
         for part in ("attention", "ffn"):
             wide = run["layers"].pivot(index="prompt_id", columns="layer", values=part)
-            summary = _column_summary(wide, run["prompts"], bootstrap)
-            frames.append(_labelled(summary, run["prompts"], dataset=dataset, model=model, part=part))
+            summary = column_summary(wide, run["prompts"], bootstrap)
+            frames.append(labelled(summary, run["prompts"], dataset=dataset, model=model, part=part))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -132,7 +121,7 @@ def stages(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                 share = bootstrap.summary(means[:, first:end].sum(1) / means.sum(1))
             where = {"dataset": dataset, "model": model, "stage": stage, "first_layer": first, "last_layer": end - 1}
             named = {"share": share["estimate"], "low": share["low"], "high": share["high"]}
-            rows.append(where | named | _counts(run["prompts"]))
+            rows.append(where | named | counts(run["prompts"]))
     return pd.DataFrame(rows)
 
 
@@ -143,9 +132,9 @@ def heads(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
         if run["heads"].empty:
             continue
         wide = run["heads"].pivot(index="prompt_id", columns=["layer", "head"], values="lpi")
-        summary = _column_summary(wide, run["prompts"], bootstrap)
-        frames.append(_labelled(summary, run["prompts"], dataset=dataset, model=model))
-    return _together(frames, "dataset model layer head estimate low high prompts subjects")
+        summary = column_summary(wide, run["prompts"], bootstrap)
+        frames.append(labelled(summary, run["prompts"], dataset=dataset, model=model))
+    return together(frames, "dataset model layer head estimate low high prompts subjects")
 
 
 def experts(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -157,13 +146,13 @@ def experts(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     frames = []
     for (dataset, model), run in runs.items():
         table = run["experts"]
-        for task, scope in _tasks(run["prompts"]) if len(table) else ():
+        for task, scope in tasks(run["prompts"]) if len(table) else ():
             wide = table.pivot(index="prompt_id", columns=["layer", "expert"], values="lpi")
             wide = wide.reindex(scope["prompt_id"])
             used = wide.notna().mean().rename("used").reset_index()
-            summary = _column_summary(wide.fillna(0), scope, bootstrap).merge(used)
-            frames.append(_labelled(summary, scope, dataset=dataset, model=model, task=task))
-    return _together(frames, "dataset model task layer expert estimate low high used prompts subjects")
+            summary = column_summary(wide.fillna(0), scope, bootstrap).merge(used)
+            frames.append(labelled(summary, scope, dataset=dataset, model=model, task=task))
+    return together(frames, "dataset model task layer expert estimate low high used prompts subjects")
 
 
 def neurons(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -178,16 +167,16 @@ def neurons(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
         layers = run["layers"]["layer"].unique()
         for block, kind in (("ffn", "neurons"), ("attention", "attention_neurons")):
             top = run[kind].loc[run[kind]["lpi"] > 0, ["prompt_id", "layer", "lpi"]]
-            scope = _only(run["prompts"], top["prompt_id"])
+            scope = only(run["prompts"], top["prompt_id"])
             if scope.empty:
                 continue
             found = top.groupby(["prompt_id", "layer"])["lpi"].agg(["size", "sum"]).unstack("layer", fill_value=0)
             number, lpi = (found[name].reindex(columns=layers, fill_value=0) for name in ("size", "sum"))
-            share = _column_summary(number.div(number.sum(axis=1), axis=0), scope, bootstrap)
-            summed = _column_summary(lpi, scope, bootstrap).set_axis(["layer", "lpi", "lpi_low", "lpi_high"], axis=1)
+            share = column_summary(number.div(number.sum(axis=1), axis=0), scope, bootstrap)
+            summed = column_summary(lpi, scope, bootstrap).set_axis(["layer", "lpi", "lpi_low", "lpi_high"], axis=1)
             both = share.rename(columns={"estimate": "share"}).merge(summed, on="layer")
-            frames.append(_labelled(both, scope, dataset=dataset, model=model, block=block))
-    return _together(frames, "dataset model block layer share low high lpi lpi_low lpi_high prompts subjects")
+            frames.append(labelled(both, scope, dataset=dataset, model=model, block=block))
+    return together(frames, "dataset model block layer share low high lpi lpi_low lpi_high prompts subjects")
 
 
 def expert_curves(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -204,7 +193,7 @@ def expert_curves(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
         if run["experts"].empty:
             continue
         wide = run["experts"].pivot(index="prompt_id", columns=["layer", "expert"], values="lpi")
-        for kind, relation, scope in _scopes(run["prompts"]):
+        for kind, relation, scope in scopes(run["prompts"]):
             if kind == "task":
                 continue
             means = bootstrap.means(wide.reindex(scope["prompt_id"]).fillna(0).to_numpy(), scope["subject"])
@@ -214,8 +203,8 @@ def expert_curves(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                 summary = bootstrap.summary(held / held[:, -1:])
             curve = {"experts": np.arange(1, len(best) + 1), "share": summary.pop("estimate"), **summary}
             frame = pd.DataFrame(curve).assign(n_experts=len(best))
-            frames.append(_labelled(frame, scope, dataset=dataset, model=model, relation=relation))
-    return _together(frames, "dataset model relation experts share low high n_experts prompts subjects")
+            frames.append(labelled(frame, scope, dataset=dataset, model=model, relation=relation))
+    return together(frames, "dataset model relation experts share low high n_experts prompts subjects")
 
 
 def additivity(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -230,12 +219,12 @@ def additivity(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     frames = []
     for (dataset, model), run in runs.items():
         prompts, table = run["prompts"], run["neuron_sums"]
-        whole = {part: _by_layer(run["layers"], part, prompts) for part in ("ffn", "attention")}
-        whole |= {kind: _by_layer(run[kind], "lpi", prompts) for kind in ("experts", "heads")}
+        whole = {part: by_layer(run["layers"], part, prompts) for part in ("ffn", "attention")}
+        whole |= {kind: by_layer(run[kind], "lpi", prompts) for kind in ("experts", "heads")}
         for component, parts, block in GAPS:
             if parts == "neurons":
                 of_block = table[table["block"] == block]
-                total, error = (_by_layer(of_block, column, prompts) for column in ("neuron_sum", "error"))
+                total, error = (by_layer(of_block, column, prompts) for column in ("neuron_sum", "error"))
             else:
                 total, error = whole[parts], 0 * whole[parts].abs()
             layers = total.columns.intersection(whole[component].columns)
@@ -243,14 +232,14 @@ def additivity(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                 layers = layers.difference(whole["experts"].columns)
             if layers.empty:
                 continue
-            frame = _column_summary((total - whole[component])[layers], prompts, bootstrap)
+            frame = column_summary((total - whole[component])[layers], prompts, bootstrap)
             frame = frame.rename(columns={"estimate": "gap"}).set_index("layer")
             frame.insert(0, "whole", whole[component].mean())
             frame.insert(1, "sum", total.mean())
             frame = frame.assign(error=error.mean()).reset_index()
             labels = {"dataset": dataset, "model": model, "component": component, "parts": parts}
-            frames.append(_labelled(frame, prompts, **labels))
-    return _together(frames, "dataset model component parts layer whole sum gap low high error prompts subjects")
+            frames.append(labelled(frame, prompts, **labels))
+    return together(frames, "dataset model component parts layer whole sum gap low high error prompts subjects")
 
 
 def relation_neurons(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -269,7 +258,7 @@ def relation_neurons(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
         tokens = _tokens(run["readings"]).drop(columns="lpi")
         frames.append(best.merge(tokens, how="left", on=["relation", "level", "layer", "unit", "neuron"]))
     columns = "dataset model relation block layer unit neuron lpi bound exact used prompts promoted suppressed"
-    table = _together(frames, columns)[columns.split()]
+    table = together(frames, columns)[columns.split()]
     return table.fillna({"promoted": "", "suppressed": ""})
 
 
@@ -286,7 +275,7 @@ def unit_readings(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
         tokens = tokens.sort_values(["relation", "level", "lpi"], ascending=[True, True, False], kind="stable")
         frames.append(tokens.assign(dataset=dataset, model=model))
     columns = "dataset model relation level layer unit lpi promoted suppressed"
-    return _together(frames, columns)[columns.split()]
+    return together(frames, columns)[columns.split()]
 
 
 def queries(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -300,18 +289,18 @@ def queries(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     frames = []
     for (dataset, model), run in runs.items():
         values, scores = run["value_layers"], run["queries"]
-        scope = _only(run["prompts"], scores["prompt_id"])
+        scope = only(run["prompts"], scores["prompt_id"])
         wide = {
-            ("value", part): _by_layer(values[values["block"] == part], "lpi", scope) for part in ("attention", "ffn")
+            ("value", part): by_layer(values[values["block"] == part], "lpi", scope) for part in ("attention", "ffn")
         }
         for level, part in (("embedding", "embedding"), ("head", "attention"), ("expert", "ffn")):
             rows = scores[scores["level"] == level]
-            wide["query", part] = sum(_by_layer(rows, column, scope) for column in ("via_ffn", "via_attention"))
+            wide["query", part] = sum(by_layer(rows, column, scope) for column in ("via_ffn", "via_attention"))
         for (role, part), found in wide.items():
             if not found.empty:
-                summary = _column_summary(found, scope, bootstrap)
-                frames.append(_labelled(summary, scope, dataset=dataset, model=model, role=role, part=part))
-    return _together(frames, "dataset model role part layer estimate low high prompts subjects")
+                summary = column_summary(found, scope, bootstrap)
+                frames.append(labelled(summary, scope, dataset=dataset, model=model, role=role, part=part))
+    return together(frames, "dataset model role part layer estimate low high prompts subjects")
 
 
 def near_ties(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -335,56 +324,6 @@ def near_ties(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     columns = [name for dtype in PRECISION for name in (dtype, f"{dtype}_anywhere")]
     keys = ["dataset", "model", "layer", "median_margin", *columns, "prompts", "subjects"]
     return pd.DataFrame(rows, columns=keys)
-
-
-def blocking(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
-    """KA Table 5 with controls: ranks before and after a relation's best experts are blocked.
-
-    One row for each data set, model, scope (all prompts, a task or a relation) and n_blocked. Columns, for
-    HIT@10 and MRR: clean; blocked with low and high; random (mean of the draws) with random_low and
-    random_high (interval over the draws); drop = clean - blocked with drop_low and drop_high; and
-    draws_as_low: share of the random draws with a mean at most that of the blocked experts. A row rests on the
-    prompts that were measured with n_blocked experts blocked and on the draws that all of them have; without a
-    draw, what is said of draws is NaN.
-    """
-    rows = []
-    for (dataset, model), run in runs.items():
-        clean = run["prompts"].set_index("prompt_id")["rank"]
-        for n, sets in run["blocking"].groupby("n_blocked"):
-            wide = sets.pivot(index="prompt_id", columns="draw", values="rank")
-            measured = run["prompts"][run["prompts"]["prompt_id"].isin(wide.index[wide[-1].notna()])]
-            for kind, name, scope in _scopes(measured):
-                after = wide.loc[scope["prompt_id"]].dropna(axis=1)
-                row = {"dataset": dataset, "model": model, "scope": kind, "name": name, "n_blocked": n}
-                for metric, value in (("hit_at_10", hits), ("mrr", reciprocal)):
-                    before, scores = value(clean.loc[after.index].to_numpy()), value(after.to_numpy())
-                    means = bootstrap.means(np.column_stack([before, scores[:, 0]]), scope["subject"])
-                    row |= {f"{metric}_clean": before.mean()}
-                    row |= _prefixed(f"{metric}_blocked", bootstrap.summary(means[:, 1]))
-                    row |= _prefixed(f"{metric}_drop", bootstrap.summary(means[:, 0] - means[:, 1]))
-                    row |= _random(metric, scores.mean(0), bootstrap.confidence)
-                rows.append(row | {"draws": after.shape[1] - 1} | _counts(scope))
-    return pd.DataFrame(rows)
-
-
-def keep_only(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
-    """KA Table 2: HIT@10 and MRR when only some experts of each layer are kept, with intervals, by task.
-
-    `shared` tells whether shared experts are kept, `routed` how many routed ones (-1: all), `kept` both in words.
-    """
-    rows = []
-    for (dataset, model), run in runs.items():
-        for (shared, routed), part in run["keep_only"].groupby(["shared", "routed"]):
-            rank = part.set_index("prompt_id")["rank"]
-            for task, scope in _tasks(run["prompts"]):
-                row: dict[str, Any] = {"dataset": dataset, "model": model, "task": task}
-                row |= {"kept": _kept(shared, routed), "shared": shared, "routed": routed}
-                values = rank.loc[scope["prompt_id"]].to_numpy()
-                means = bootstrap.means(np.column_stack([hits(values), reciprocal(values)]), scope["subject"])
-                for i, metric in enumerate(("hit_at_10", "mrr")):
-                    row |= _prefixed(metric, bootstrap.summary(means[:, i]))
-                rows.append(row | _counts(scope))
-    return pd.DataFrame(rows)
 
 
 def _per_prompt(run: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -419,7 +358,7 @@ def _compared(
         values = [per_prompt(run)]
         for minus in ("", *([partners[model]] if model in partners else [])):
             values += [per_prompt(runs[dataset, minus])] if minus else []
-            prompts = reduce(_only, (frame.index for frame in values), run["prompts"])
+            prompts = reduce(only, (frame.index for frame in values), run["prompts"])
             if len(prompts):
                 yield labels | {"minus": minus}, prompts, [frame.loc[prompts["prompt_id"]] for frame in values]
 
@@ -437,17 +376,7 @@ def _metric_rows(
     each = reduce(sub, (frame.loc[scope["prompt_id"], list(metrics)].to_numpy(float) for frame in values))
     summary = bootstrap.summary(bootstrap.means(each, scope["subject"]))
     for i, metric in enumerate(metrics):
-        yield {**labels, "metric": metric} | {key: found[i] for key, found in summary.items()} | _counts(scope)
-
-
-def _only(prompts: pd.DataFrame, prompt_ids: Any) -> pd.DataFrame:
-    return prompts[prompts["prompt_id"].isin(prompt_ids)]
-
-
-def _by_layer(table: pd.DataFrame, values: str, prompts: pd.DataFrame) -> pd.DataFrame:
-    """Sum over the units of each layer, a row a prompt; a prompt without any in a layer has 0 there."""
-    wide = table.groupby(["prompt_id", "layer"])[values].sum().unstack("layer")
-    return wide.reindex(prompts["prompt_id"]).fillna(0).astype(float)
+        yield {**labels, "metric": metric} | {key: found[i] for key, found in summary.items()} | counts(scope)
 
 
 def _tokens(readings: pd.DataFrame) -> pd.DataFrame:
@@ -461,60 +390,6 @@ def _tokens(readings: pd.DataFrame) -> pd.DataFrame:
 def _joined(tokens: pd.Series) -> str:
     """Tokens on one line: a carriage return would break a row of a CSV file, a NUL its readers."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(tokens))
-
-
-def _column_summary(wide: pd.DataFrame, prompts: pd.DataFrame, bootstrap: Bootstrap) -> pd.DataFrame:
-    """Summary of each column of a table with one row a prompt; its column keys become columns."""
-    wide = wide.sort_index(axis=1)
-    means = bootstrap.means(wide.loc[prompts["prompt_id"]].to_numpy(), prompts["subject"])
-    return wide.columns.to_frame(index=False).assign(**bootstrap.summary(means))
-
-
-def _labelled(summary: pd.DataFrame, scope: pd.DataFrame, **labels: str) -> pd.DataFrame:
-    frame = summary.assign(**_counts(scope))
-    for position, (name, value) in enumerate(labels.items()):
-        frame.insert(position, name, value)
-    return frame
-
-
-def _tasks(prompts: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    yield "all", prompts
-    for task, rows in prompts.groupby("task"):
-        yield str(task), rows
-
-
-def _scopes(prompts: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    yield "all", "all", prompts
-    for kind in ("task", "relation"):
-        for name, rows in prompts.groupby(kind):
-            yield kind, str(name), rows
-
-
-def _counts(prompts: pd.DataFrame) -> dict[str, int]:
-    return {"prompts": len(prompts), "subjects": prompts["subject"].nunique()}
-
-
-def _random(metric: str, found: Float[np.ndarray, " 1+draws"], confidence: float) -> dict[str, float]:
-    """Mean and interval of a metric over the random draws, found[1:], and the share of them at most found[0]."""
-    blocked, draws = found[0], found[1:]
-    low, high = interval(draws, confidence) if len(draws) else (np.nan, np.nan)
-    mean, as_low = (draws.mean(), np.mean(draws <= blocked)) if len(draws) else (np.nan, np.nan)
-    summary = _prefixed(f"{metric}_random", {"estimate": mean, "low": low, "high": high})
-    return summary | {f"{metric}_draws_as_low": float(as_low)}
-
-
-def _together(frames: Sequence[pd.DataFrame], columns: str) -> pd.DataFrame:
-    """All rows; without any, an empty table of these columns."""
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns.split())
-
-
-def _prefixed(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
-    return {name: summary["estimate"], f"{name}_low": summary["low"], f"{name}_high": summary["high"]}
-
-
-def _kept(shared: bool, routed: int) -> str:
-    words = (["shared"] if shared else []) + ([] if routed == 0 else ["all routed" if routed < 0 else f"top-{routed}"])
-    return " + ".join(words) or "none"
 
 
 COMPARISONS: Mapping[str, Callable[[Runs, Mapping[str, str], Bootstrap], pd.DataFrame]] = {
@@ -534,8 +409,7 @@ SUMMARIES: Mapping[str, Callable[[Runs, Bootstrap], pd.DataFrame]] = {
     "unit_readings": unit_readings,
     "queries": queries,
     "near_ties": near_ties,
-    "blocking": blocking,
-    "keep_only": keep_only,
+    **cause_tables.SUMMARIES,
 }
 
 

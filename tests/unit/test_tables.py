@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope import artifacts, plots, published, tables
+from moescope import artifacts, cause_tables, plots, published, tables
 
 ROOT = Path(__file__).parents[2]
 BOOTSTRAP = tables.Bootstrap(bootstrap_draws=200, confidence=0.9, seed=0)
@@ -158,7 +158,7 @@ def test_blocking_by_hand():
         for d, r in ranks.items()
     ]
     runs = {("facts", "moe"): run() | {"blocking": pd.concat(frames).sample(frac=1, random_state=1)}}
-    table = tables.blocking(runs, BOOTSTRAP)
+    table = cause_tables.blocking(runs, BOOTSTRAP)
     found = row(table, scope="all")
     mrr = {draw: np.mean(1 / np.array(r)) for draw, r in ranks.items()}
     assert found["mrr_clean"] == pytest.approx(mrr[0])
@@ -177,7 +177,7 @@ def test_blocking_by_hand():
 def test_keep_only_by_hand():
     part = {"prompt_id": PROMPTS["prompt_id"], "rank": [1, 20, 20, 1]}
     frames = [pd.DataFrame(part).assign(shared=s, routed=n) for s, n in ((False, 0), (True, 0), (True, 2), (True, -1))]
-    table = tables.keep_only({("facts", "moe"): run() | {"keep_only": pd.concat(frames)}}, BOOTSTRAP)
+    table = cause_tables.keep_only({("facts", "moe"): run() | {"keep_only": pd.concat(frames)}}, BOOTSTRAP)
     assert set(table["kept"]) == {"none", "shared", "shared + top-2", "shared + all routed"}
     found = row(table, task="all", kept="shared + top-2")
     assert (found["hit_at_10"], found["mrr"]) == (0.5, pytest.approx((2 + 2 / 20) / 4))
@@ -468,7 +468,7 @@ def test_a_random_draw_that_breaks_as_much_counts_as_that_low():
     prompts = pd.DataFrame({"prompt_id": range(203), "task": "t", "relation": "r", "rank": 1})
     prompts["subject"] = prompts["prompt_id"].astype(str)
     blocked = pd.concat([ranks_when_blocked(1, draw, ranks, prompts) for draw in (-1, 0, 1)])
-    table = tables.blocking({("facts", "moe"): {"prompts": prompts, "blocking": blocked}}, BOOTSTRAP)
+    table = cause_tables.blocking({("facts", "moe"): {"prompts": prompts, "blocking": blocked}}, BOOTSTRAP)
     assert (table[["mrr_draws_as_low", "hit_at_10_draws_as_low"]] == 1).all(axis=None)
 
 
@@ -523,7 +523,7 @@ def test_blocking_more_experts_than_there_are():
         ranks_when_blocked(5, 1, [2, 2, 0, 0]).iloc[:2],
         ranks_when_blocked(3, -1, [2, 4, 20, 10]).iloc[2:],
     ]
-    table = tables.blocking({("facts", "moe"): run() | {"blocking": pd.concat(frames)}}, BOOTSTRAP)
+    table = cause_tables.blocking({("facts", "moe"): run() | {"blocking": pd.concat(frames)}}, BOOTSTRAP)
     none = row(table, scope="all", n_blocked=10)
     assert (none["draws"], none["mrr_blocked"]) == (0, pytest.approx((1 / 2 + 1 / 4 + 1 / 20 + 1 / 10) / 4))
     assert none[["mrr_random", "mrr_random_low", "mrr_random_high", "mrr_draws_as_low"]].isna().all()

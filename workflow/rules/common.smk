@@ -9,8 +9,9 @@ import yaml
 from snakemake.exceptions import WorkflowError
 
 LIBRARY = (
-    "ablations activations anatomy artifacts attribution bounds capture checkpoints config facts intervene lens logs"
-    " miniature models neurons planted plots published queries rankings reading sources stats tables toy __init__"
+    "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints config"
+    " drawing expert_map facts intervene lens logs miniature models neurons planted plots published queries rankings"
+    " reading resume routing routing_tables sources stats steering summaries tables toy tracing __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
