@@ -131,7 +131,7 @@ def measure(model_type: str) -> tuple[Row, dict[str, float]]:
         for layer in parts.layers
         if layer.experts
     }
-    with intervene(parts, gate_weights=block_experts(unused)):
+    with intervene(parts, block_experts(unused)):
         errors["never-used experts blocked"] = float((capture.readout_logits(model, IDS) - logits).abs().max())
     for backend in ("eager", "batched_mm") if parts.is_moe else ():
         model.set_experts_implementation(backend)

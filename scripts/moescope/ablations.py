@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moescope.artifacts import open_tensors
 from moescope.capture import batches, input_device, readout_logits, token_tensor
 from moescope.facts import steps
-from moescope.intervene import block_experts, intervene, keep_top
+from moescope.intervene import block_experts, block_shared, intervene, keep_top
 from moescope.models import Anatomy
 from moescope.stats import ranks
 
@@ -178,7 +178,7 @@ def measure_blocking(
 
     rank, log_prob = np.empty(len(pairs), "int32"), np.empty(len(pairs), "float32")
     for rows in batches(pairs["length"].to_numpy(), batch_size):
-        with intervene(parts, gate_weights=block_experts(edit(rows))):
+        with intervene(parts, block_experts(edit(rows))):
             rank[rows], log_prob[rows] = score(model, pairs, rows)
     of_set = {name: np.array([getattr(s, name) for s in sets], "int16") for name in ("n_blocked", "draw")}
     columns = {name: values[set_number] for name, values in of_set.items()}
@@ -196,12 +196,14 @@ def measure_keep_only(
     (bool), routed (int16, n; -1 = all of them), rank (int32), log_prob (float32, nats). Models without shared
     experts have no `shared` rows.
     """
+    none_shared = {layer.index: torch.ones(1, len(layer.shared), dtype=torch.bool) for layer in parts.layers}
     has_shared = any(layer.shared for layer in parts.layers)
     answers, frames = steps(prompts), []
     for shared in (False, True) if has_shared else (False,):
         for n in (0, *top, -1):
             rank, log_prob = np.empty(len(answers), "int32"), np.empty(len(answers), "float32")
-            with intervene(parts, gate_weights=keep_top(n) if n >= 0 else None, shared_experts=shared):
+            edits = ([keep_top(n)] if n >= 0 else []) + ([] if shared else [block_shared(none_shared)])
+            with intervene(parts, *edits):
                 for rows in batches(answers["length"].to_numpy(), batch_size):
                     rank[rows], log_prob[rows] = score(model, answers, rows)
             columns = {"shared": shared, "routed": np.int16(n), "rank": rank, "log_prob": log_prob}

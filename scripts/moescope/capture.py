@@ -36,7 +36,7 @@ from moescope.models import (
 from moescope.stats import ranks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-CHECK_ONLY = ("resid_post",)
+NOT_STORED = ("resid_post", "expert_choices")
 
 Store = Callable[[int, Mapping[str, Tensor]], None]
 """(row of the first prompt, tensors of a batch): where a batch's parts go."""
@@ -68,8 +68,8 @@ def capture(
     - `l.head_in` [n heads head_dim], input of the output projection; or `l.attention_out` [n d_model] where the
       attention block is one component;
     - MoE: `l.router_logits` [n experts], `l.expert_ids` int16 [n k] and `l.expert_weights` [n k] as used,
-      `l.expert_acts` [n k d_expert], `l.expert_load` int16 [n experts] (positions of the prompt that chose each
-      expert), `l.router_margin` float32 [n 2] (see `margins`; at the readout position, and the smallest of all),
+      `l.expert_acts` [n k d_expert], `l.expert_load` and `l.subject_load` int16 [n experts] (positions of the prompt,
+      and of its subject, that chose each expert), `l.router_margin` float32 [n 2] (see `margins`; at the readout position, and the smallest of all),
       `l.shared.i.acts` [n d_shared], `l.shared.i.gate` [n];
     - dense FFN: `l.acts` [n d_ffn]; an FFN that is one component: `l.whole.i.out` [n d_model];
     - `l.attention_scale`, `l.experts_scale`, `l.dense_scale`, `l.shared.i.scale`, `l.whole.i.scale` float32 [n]:
@@ -90,7 +90,9 @@ def capture(
         if not errors:
             errors = verify(model, parts, ids, found, logits)
             logging.info("verified on %d prompts: %s", len(batch), errors)
-        kept = {name: tensor.cpu() for name, tensor in found.items() if not name.endswith(CHECK_ONLY)}
+        spans = torch.tensor(answers[["subject_start", "subject_end"]].to_numpy()[batch], device=ids.device)
+        found |= _subject_loads(parts, found, spans)
+        kept = {name: tensor.cpu() for name, tensor in found.items() if not name.endswith(NOT_STORED)}
         for name in ("prompt_id", "step"):
             kept[name] = torch.tensor(answers[name].to_numpy()[batch])
         store(done, kept)
@@ -120,8 +122,8 @@ def in_memory(
 def rows(tokens: pd.DataFrame, answer: str) -> pd.DataFrame:
     """What runs forward, and in which order: one row for each prompt (or answer token), with the targets it accepts.
 
-    Columns: prompt_id, step, token_ids, length, accepted_ids (empty: whatever the model likes best). `answer` as in
-    `capture`.
+    Columns: prompt_id, step, token_ids, length, subject_start, subject_end, accepted_ids (empty: whatever the model
+    likes best). `answer` as in `capture`.
     """
     if answer == "all_tokens":
         found = steps(tokens.assign(target_ids=tokens["answer_ids"].str[0]))
@@ -129,6 +131,7 @@ def rows(tokens: pd.DataFrame, answer: str) -> pd.DataFrame:
     else:
         accepted = [[]] * len(tokens) if answer == "argmax" else tokens["accepted_ids"]
         found = tokens[["prompt_id", "token_ids", "length"]].assign(step=np.int16(0), accepted_ids=accepted)
+    found = found.join(tokens.set_index("prompt_id")[["subject_start", "subject_end"]], on="prompt_id")
     return found.sort_values(["length", "prompt_id", "step"], kind="stable").reset_index(drop=True)
 
 
@@ -154,7 +157,7 @@ def token_tensor(tokens: pd.DataFrame, rows: Int[np.ndarray, " b"], device: torc
 def record(
     model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length"], every_position: bool = False
 ) -> tuple[dict[str, Tensor], Float[Tensor, "b vocab"]]:
-    """One forward pass: the parts named in `capture`, those in CHECK_ONLY, and the readout logits.
+    """One forward pass: the parts named in `capture` but subject_load, those in NOT_STORED, and the readout logits.
 
     With `every_position` the parts have b * length rows (position fastest) in place of b, as if each position were
     the readout position of a prompt of its own; a row's expert_load and router_margin are those of its position alone.
@@ -303,6 +306,29 @@ def _clean_scores(
     return target, log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1), ranks(logits.float(), target)
 
 
+def _subject_loads(
+    parts: Anatomy, found: Mapping[str, Tensor], spans: Int[Tensor, "b 2"]
+) -> dict[str, Int[Tensor, "b experts"]]:
+    """`l.subject_load` of each MoE layer; `spans` are subject_start and subject_end."""
+    loads = {}
+    for layer in parts.layers:
+        if layer.experts is not None:
+            chosen = found[f"{layer.index}.expert_choices"]
+            start, end = spans.to(chosen.device).T.unsqueeze(-1)
+            position = torch.arange(chosen.shape[1], device=chosen.device)
+            inside = ((position >= start) & (position < end)).to(torch.int16).unsqueeze(-1)
+            loads[f"{layer.index}.subject_load"] = _load(chosen, layer.n_experts, inside)
+    return loads
+
+
+def _load(
+    chosen: Int[Tensor, "b length k"], n_experts: int, counted: Int[Tensor, "b length 1"]
+) -> Int[Tensor, "b experts"]:
+    """How many of the counted positions chose each expert, int16."""
+    load = torch.zeros(len(chosen), n_experts, dtype=torch.int16, device=chosen.device)
+    return load.scatter_add_(1, chosen.flatten(1).long(), counted.expand_as(chosen).flatten(1))
+
+
 class _Choices(TorchFunctionMode):
     """Remembers what each torch.topk of the running forward pass chose from, until the experts are called."""
 
@@ -344,11 +370,9 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor], choices: _Cho
         if scores is not None:
             margin = margins(scores, chosen.shape[-1]).reshape(batch, -1)
             found[f"{at}router_margin"] = torch.stack([margin[:, -1], margin.min(1).values], 1)
-        chosen = chosen.reshape(batch, -1, chosen.shape[-1])
-        found[f"{at}expert_ids"] = chosen[:, -1].to(torch.int16)
-        load = torch.zeros(batch, layer.n_experts, dtype=torch.int16, device=chosen.device)
-        every = chosen.flatten(1).long()
-        found[f"{at}expert_load"] = load.scatter_add_(1, every, torch.ones_like(every, dtype=torch.int16))
+        chosen = chosen.reshape(batch, -1, chosen.shape[-1]).to(torch.int16)
+        found[f"{at}expert_ids"], found[f"{at}expert_choices"] = chosen[:, -1].clone(), chosen
+        found[f"{at}expert_load"] = _load(chosen, layer.n_experts, torch.ones_like(chosen[..., :1]))
 
     def heads(x: Tensor) -> None:
         found[f"{at}head_in"] = _last(x, batch).unflatten(-1, (layer.n_heads, -1))

@@ -255,6 +255,12 @@ def attention_output(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, 
 def expert_contributions(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n k d_model"]:
     """What each chosen routed expert adds to the residual stream, in the order of `expert_ids`."""
     assert layer.experts is not None
+    return layer.experts.path.carry(expert_outputs(layer, here), here.get("experts_scale"))
+
+
+def expert_outputs(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tensor, "n k d_model"]:
+    """What each chosen routed expert gives, times its gate weight: the experts module adds these up."""
+    assert layer.experts is not None
     experts, ids, acts = layer.experts.module, here["expert_ids"].long(), _exact(here["expert_acts"])
     out = acts.new_empty(*ids.shape, here["resid_pre"].shape[-1])
     with weights_of(experts):
@@ -263,8 +269,27 @@ def expert_contributions(layer: Layer, here: Mapping[str, Tensor]) -> Float[Tens
             out[chosen] = acts[chosen] @ _exact(expert_down(experts, expert)).T
             if experts.has_bias:
                 out[chosen] += _exact(cast(Tensor, experts.down_proj_bias)[expert])
-    vectors = out * here["expert_weights"].unsqueeze(-1)
-    return layer.experts.path.carry(vectors, here.get("experts_scale"))
+    return out * here["expert_weights"].unsqueeze(-1)
+
+
+def gate_probabilities(
+    router_logits: Float[Tensor, "n experts"], expert_ids: Int[Tensor, "n k"], expert_weights: Float[Tensor, "n k"]
+) -> Float[Tensor, "n experts"]:
+    """The router's probability of every expert, float32: softmax or sigmoid, whichever the gate weights come from.
+
+    The weights as used are proportional to the probabilities, token by token, where no bias or limit stands between;
+    if neither fits, softmax.
+    """
+    logits, ids, weights = router_logits.float(), expert_ids.long(), expert_weights.float()
+    softmax, sigmoid = logits.softmax(-1), logits.sigmoid()
+
+    def misfit(probabilities: Tensor) -> float:
+        ratio = weights / probabilities.gather(1, ids).clamp_min(1e-30)
+        # With one expert a token any ratio is constant: sigmoid then has to be the weight itself.
+        reference = ratio.mean(-1, keepdim=True) if ids.shape[1] > 1 else ratio.mean()
+        return float((ratio / reference - 1).abs().mean())
+
+    return sigmoid if misfit(sigmoid) < 0.5 * misfit(softmax) else softmax
 
 
 def shared_contribution(layer: Layer, here: Mapping[str, Tensor], i: int) -> Float[Tensor, "n d_model"]:

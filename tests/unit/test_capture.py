@@ -86,6 +86,8 @@ def test_every_position_is_recorded_as_if_the_prompt_ended_there(build, tokens, 
                 at = tensor.unflatten(0, ids.shape)
                 if key.endswith("expert_load"):
                     at = at[:, :end].sum(1, dtype=torch.int16)
+                elif key.endswith("expert_choices"):
+                    at = at[:, :end, 0]
                 elif key.endswith("router_margin"):
                     at = torch.stack([at[:, end - 1, 0], at[:, :end, 1].amin(1)], 1)
                 else:
@@ -182,6 +184,15 @@ def test_routing_is_what_the_router_chose_at_every_position(build, tokens, name)
         for row in range(len(ids)):
             by_hand = [int((index[row] == e).sum()) for e in range(layer.n_experts)]
             assert found[f"{at}expert_load"][row].tolist() == by_hand
+    together, _, _ = capture.in_memory(model, parts, tokens, 64)
+    rows = next(capture.batches(tokens["length"].to_numpy(), 64))
+    of_prompt = dict(zip(together["prompt_id"].tolist(), range(len(tokens)), strict=True))
+    for row, prompt in enumerate(tokens.iloc[rows].itertuples()):
+        for layer in parts.layers:
+            index = chosen[layer.index][2].reshape(*ids.shape, -1)[row, prompt.subject_start : prompt.subject_end]
+            by_hand = [int((index == e).sum()) for e in range(layer.n_experts)]
+            assert together[f"{layer.index}.subject_load"][of_prompt[prompt.prompt_id]].tolist() == by_hand
+            assert sum(by_hand) > 0
 
 
 @every_model

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moescope import ablations, anatomy, attribution, capture
-from moescope.intervene import block_experts, intervene, keep_top
+from moescope.intervene import block_experts, block_ffn, block_shared, intervene, keep_top
 from moescope.toy import Shape
 from moescope.toy import build as build_toy
 
@@ -36,12 +36,16 @@ def marks(parts, rows, blocked=(), everything=False):
     return found
 
 
+def all_shared(parts):
+    return {layer.index: torch.ones(1, len(layer.shared), dtype=torch.bool) for layer in parts.layers}
+
+
 @every_moe
 def test_blocking_nothing_or_an_unused_expert_changes_no_bit(build, ids, name):
     model = build(name)
     parts = anatomy.find(model)
     clean = logits_of(model, ids)
-    with intervene(parts, gate_weights=block_experts(marks(parts, len(ids)))):
+    with intervene(parts, block_experts(marks(parts, len(ids)))):
         assert torch.equal(logits_of(model, ids), clean)
     many = {**MOE_SHAPES[name], "experts": 64}
     model = build_toy(Shape(architecture=name, hidden=32, heads=4, kv_heads=2, **many), model.config.vocab_size, seed=1)
@@ -51,10 +55,10 @@ def test_blocking_nothing_or_an_unused_expert_changes_no_bit(build, ids, name):
     unused = [(i, int(e)) for i in range(3) for e in (found[f"{i}.expert_load"].sum(0) == 0).nonzero().flatten()]
     assert unused
     clean = logits_of(model, ids)
-    with intervene(parts, gate_weights=block_experts(marks(parts, len(ids), unused))):
+    with intervene(parts, block_experts(marks(parts, len(ids), unused))):
         assert torch.equal(logits_of(model, ids), clean)
     used = (0, int(found["0.expert_load"].sum(0).argmax()))
-    with intervene(parts, gate_weights=block_experts(marks(parts, len(ids), [used]))):
+    with intervene(parts, block_experts(marks(parts, len(ids), [used]))):
         assert not torch.equal(logits_of(model, ids), clean)
 
 
@@ -62,9 +66,9 @@ def test_blocking_nothing_or_an_unused_expert_changes_no_bit(build, ids, name):
 def test_blocking_everything_equals_removing_the_ffn(build, ids, name):
     model = build(name)
     parts = anatomy.find(model)
-    with intervene(parts, gate_weights=block_experts(marks(parts, len(ids), everything=True)), shared_experts=False):
+    with intervene(parts, block_experts(marks(parts, len(ids), everything=True)), block_shared(all_shared(parts))):
         blocked = logits_of(model, ids)
-    with intervene(parts, ffn=False):
+    with intervene(parts, block_ffn()):
         assert torch.equal(logits_of(model, ids), blocked)
     without = copy.deepcopy(model)
     for layer in without.model.layers:
@@ -80,7 +84,7 @@ def test_ffns_of_dense_models_are_removed_too(build, ids, name):
     without = copy.deepcopy(model)
     for layer in without.model.layers:
         torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    with intervene(anatomy.find(model), ffn=False):
+    with intervene(anatomy.find(model), block_ffn()):
         torch.testing.assert_close(logits_of(model, ids), logits_of(without, ids), rtol=1e-5, atol=1e-6)
 
 
@@ -94,7 +98,7 @@ def test_blocking_equals_zeroing_the_experts_own_weights(build, ids, name):
     for row in range(len(ids)):
         for layer, expert in sets[row % len(sets)]:
             mark[layer][row, expert] = True
-    with intervene(parts, gate_weights=block_experts(mark)):
+    with intervene(parts, block_experts(mark)):
         found = logits_of(model, ids)
     for row in range(len(ids)):
         edited = copy.deepcopy(model)
@@ -109,10 +113,10 @@ def test_keeping_all_is_clean_and_keeping_one_is_the_router_with_one(build, ids,
     model = build(name)
     parts = anatomy.find(model)
     k = model.config.num_experts_per_tok
-    with intervene(parts, gate_weights=keep_top(k)):
+    with intervene(parts, keep_top(k)):
         kept_all = logits_of(model, ids)
     assert torch.equal(kept_all, logits_of(model, ids))
-    with intervene(parts, gate_weights=keep_top(1)):
+    with intervene(parts, keep_top(1)):
         found = logits_of(model, ids)
     by_hand = copy.deepcopy(model)
     for layer in by_hand.model.layers:
@@ -127,7 +131,8 @@ def test_shared_experts_are_zeroed_alone(build, ids):
     edited = copy.deepcopy(model)
     for layer in edited.model.layers:
         torch.nn.init.zeros_(layer.mlp.shared_expert.down_proj.weight)
-    with intervene(anatomy.find(model), shared_experts=False):
+    parts = anatomy.find(model)
+    with intervene(parts, block_shared(all_shared(parts))):
         torch.testing.assert_close(logits_of(model, ids), logits_of(edited, ids), rtol=1e-5, atol=1e-6)
 
 
@@ -135,14 +140,14 @@ def test_nothing_is_left_after_an_exception_and_blocks_nest(build, ids):
     model = build("qwen2_moe")
     parts = anatomy.find(model)
     clean = logits_of(model, ids)
-    with pytest.raises(KeyError), intervene(parts, ffn=False):
+    with pytest.raises(KeyError), intervene(parts, block_ffn()):
         raise KeyError
     assert torch.equal(logits_of(model, ids), clean)
     one, other = marks(parts, len(ids), [(0, 0)]), marks(parts, len(ids), [(1, 1)])
     both = marks(parts, len(ids), [(0, 0), (1, 1)])
-    with intervene(parts, gate_weights=block_experts(both)):
+    with intervene(parts, block_experts(both)):
         expected = logits_of(model, ids)
-    with intervene(parts, gate_weights=block_experts(one)), intervene(parts, gate_weights=block_experts(other)):
+    with intervene(parts, block_experts(one)), intervene(parts, block_experts(other)):
         assert torch.equal(logits_of(model, ids), expected)
 
 

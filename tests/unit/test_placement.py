@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from moescope import ablations, anatomy, attribution, capture, checkpoints, miniature
-from moescope.intervene import intervene
+from moescope.intervene import block_ffn, intervene
 from moescope.models import AnatomyError, weights_of
 
 import families
@@ -96,7 +96,7 @@ def test_ffns_on_disk_are_taken_away_like_others(pair, tokens):
     ids = capture.token_tensor(tokens, rows, torch.device("cpu"))
     before, logits = on_disk(pair[1]), []
     for model in pair:
-        with torch.no_grad(), intervene(anatomy.find(model), ffn=False):
+        with torch.no_grad(), intervene(anatomy.find(model), block_ffn()):
             logits.append(capture.readout_logits(model, ids))
     torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(logits[0], capture.readout_logits(pair[0], ids), atol=1e-3)

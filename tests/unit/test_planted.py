@@ -40,7 +40,7 @@ def mrr_without(model, parts, tokens, blocked):
     marks = {layer.index: torch.zeros(1, layer.n_experts, dtype=torch.bool) for layer in parts.layers}
     for layer, expert in blocked:
         marks[layer][:, expert] = True
-    with intervene(parts, gate_weights=block_experts(marks)):
+    with intervene(parts, block_experts(marks)):
         return (1 / toy.ranks(model, tokens)).mean().item()
 
 
