@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,9 +22,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from moescope import anatomy, capture, checkpoints, miniature
-from moescope.intervene import block_experts, intervene
-from moescope.models import AnatomyError
+from moescope import anatomy, capture, checkpoints, miniature, resume
+from moescope.intervene import HOW, block_experts, block_ffn, block_shared, intervene, record_routing, replay
+from moescope.models import Anatomy, AnatomyError
 
 SOURCES = Path(transformers.__file__).parent / "models"
 EXPERTS = re.compile(r"use_experts_implementation|class \w*(?:Experts|MoE|Moe|Router)\w*\(")
@@ -67,6 +68,7 @@ class Row:
     experts: str = ""
     shared: str = ""
     neurons: str = ""
+    resumes: str = ""
     note: str = ""
 
     @property
@@ -133,13 +135,41 @@ def measure(model_type: str) -> tuple[Row, dict[str, float]]:
     }
     with intervene(parts, block_experts(unused)):
         errors["never-used experts blocked"] = float((capture.readout_logits(model, IDS) - logits).abs().max())
+    errors["interventions that change nothing"] = max(_unchanged(model, parts, logits), default=0.0)
+    errors["all experts blocked = FFN blocked"] = _experts_are_the_ffn(model, parts)
     for backend in ("eager", "batched_mm") if parts.is_moe else ():
         model.set_experts_implementation(backend)
         other, other_logits = capture.record(model, parts, IDS)
         capture.verify(model, parts, IDS, other, other_logits)
         names = [name for name in found if not name.endswith("router_margin")]
         errors[f"{backend} = default backend"] = max(_difference(other[name], found[name]) for name in names)
-    return row_of(model_type, anatomy.levels(parts)), errors
+    try:
+        resume.clean_run(model, parts, IDS)
+        resumes = "yes"
+    except resume.ResumeError:
+        resumes = "no"
+    return row_of(model_type, anatomy.levels(parts), resumes), errors
+
+
+def _unchanged(model: torch.nn.Module, parts: Anatomy, logits: torch.Tensor) -> Iterator[float]:
+    """Change of the logits by interventions that have nothing to do, or replay what happens anyhow."""
+    with record_routing(parts) as routing:
+        capture.readout_logits(model, IDS)
+    none = {i: torch.zeros(len(IDS), parts.layers[i].n_experts, dtype=torch.bool) for i in routing}
+    for edit in [replay(routing), *(block_experts(none, how) for how in HOW)] if routing else []:
+        with intervene(parts, edit):
+            yield float((capture.readout_logits(model, IDS) - logits).abs().max())
+
+
+def _experts_are_the_ffn(model: torch.nn.Module, parts: Anatomy) -> float:
+    """Difference of the logits between all experts of the MoE layers blocked and their FFN blocks blocked."""
+    layers = [layer for layer in parts.layers if layer.experts is not None and not layer.whole_ffn and not layer.dense]
+    experts = {layer.index: torch.ones(1, layer.n_experts, dtype=torch.bool) for layer in layers}
+    shared = {layer.index: torch.ones(1, len(layer.shared), dtype=torch.bool) for layer in layers}
+    with intervene(parts, block_experts(experts), block_shared(shared)):
+        one = capture.readout_logits(model, IDS)
+    with intervene(parts, block_ffn({layer.index: torch.ones(1, dtype=torch.bool) for layer in layers})):
+        return float((capture.readout_logits(model, IDS) - one).abs().max())
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -147,15 +177,24 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).abs().max() / other.abs().max().clamp_min(1e-6))
 
 
-def row_of(model_type: str, found: dict) -> Row:
-    """A row of the table from anatomy.levels."""
+def row_of(model_type: str, found: dict, resumes: str) -> Row:
+    """A row of the table from anatomy.levels, and whether clean runs can be resumed."""
     keys = ("with_heads", "with_experts", "with_shared_experts", "with_dense_neurons")
     of = (f"{found[key]}/{found['layers']}" if found[key] else "" for key in keys)
-    return Row(model_type, str(found["layers"]), *of, note="; ".join(found["reasons"]))
+    return Row(model_type, str(found["layers"]), *of, resumes, note="; ".join(found["reasons"]))
 
 
 def line(row: Row) -> str:
-    cells = (row.model_type, row.layers, row.heads, row.experts, row.shared, row.neurons, row.note.replace("|", "/"))
+    cells = (
+        row.model_type,
+        row.layers,
+        row.heads,
+        row.experts,
+        row.shared,
+        row.neurons,
+        row.resumes,
+        row.note.replace("|", "/"),
+    )
     return f"| {' | '.join(cells)} |"
 
 
@@ -173,7 +212,7 @@ def page() -> str:
         else "refused"
         for row in moe
     )
-    head = ["| model type | layers | heads | experts | shared | neurons | note |", "| --- " * 7 + "|"]
+    head = ["| model type | layers | heads | experts | shared | neurons | resumes | note |", "| --- " * 8 + "|"]
     table = {kind: "\n".join([*head, *map(line, part)]) for kind, part in (("moe", moe), ("dense", dense))}
     return TEXT.format(
         transformers=transformers.__version__,
@@ -203,7 +242,10 @@ The columns say in how many layers of the miniature heads, routed experts, share
 apart; where a block cannot be, it is one component, and the note says why. Whatever is listed with layers adds up to
 1e-5 of what is compared; the recorded and the plain forward pass agree bit for bit; a batch gives what single prompts
 give; the experts backends eager, batched_mm and grouped_mm record the same to 1e-5; blocking experts that no token uses
-changes nothing. The tests measure all of this again and compare this page:
+changes nothing, nor does any way of blocking with nothing to block, or a replay of the routing, bit for bit; blocking
+all experts and shared ones is blocking the FFN. Where clean runs can be resumed at the readout position, maps of every
+expert and head cost a few forward passes a prompt; elsewhere they take full ones. The tests measure all of this again
+and compare this page:
 `PYTHONPATH=scripts:tests python tests/families.py > config/MODELS.md` writes it.
 
 ## With experts
