@@ -14,10 +14,9 @@ experts = artifacts.read_table(snakemake.input.experts, "experts")
 parts = anatomy.find(model)
 load = ablations.expert_load(parts, snakemake.input.activations, prompts)
 half = ablations.split_subjects(prompts, settings["seed"])
-sets, ranking = ablations.choose_sets(
-    experts, load, prompts, half, settings["blocking"]["top"], settings["blocking"]["random_draws"], settings["seed"]
-)
-blocking = ablations.measure_blocking(model, parts, prompts, half, sets, settings["batch_size"])
+of = settings["blocking"]
+sets, ranking = ablations.choose_sets(experts, load, prompts, half, of["top"], of["random_draws"], settings["seed"])
+blocking = ablations.measure_blocking(model, parts, prompts, half, sets, settings["batch_size"], of["how"])
 
 inherited = artifacts.table_provenance(snakemake.input.experts)
 made_by = artifacts.provenance(settings, snakemake.params.code, inherited)

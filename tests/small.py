@@ -37,6 +37,10 @@ SMALL = {
     "neurons": {"top": 10, "bottom": 3},
     "blocking": {"top": [1, 2], "random_draws": 3},
     "keep_only": {"top": [1]},
+    "head_blocking": {"top": [1, 2], "random_draws": 3},
+    "gate_gradients": {"prompts": 10, "steps": 4},
+    "associations": {"permutations": 50},
+    "tracing": {"n_prompts": 12, "draws": 1, "coalitions": [2]},
     "statistics": {"bootstrap_draws": 100},
 }
 # Li et al. 2025 (preset ka): for each relation LRE's folder, a template, and some of its facts.
@@ -158,6 +162,6 @@ def tables(folder: Path) -> dict[str, pd.DataFrame]:
 def assert_same_tables(one: Path, other: Path) -> None:
     first, second = tables(one), tables(other)
     assert first.keys() == second.keys()
-    assert len(first) == 15
+    assert len(first) == 31
     for name, table in first.items():
         pd.testing.assert_frame_equal(table, second[name], check_exact=True, obj=name)

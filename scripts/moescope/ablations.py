@@ -148,11 +148,13 @@ def measure_blocking(
     half: Int[np.ndarray, " n"],
     sets: Sequence[ExpertSet],
     batch_size: int,
+    how: Sequence[str] = ("zero",),
 ) -> pd.DataFrame:
     """Rank and log-probability of every prompt under every set of its relation and half, at all positions.
 
-    Many sets share a batch: each row of it has experts of its own blocked. Returns prompt_id (int32),
-    n_blocked (int16), draw (int16), rank (int32), log_prob (float32, nats).
+    Many sets share a batch: each row of it has experts of its own blocked, in each of the ways of
+    intervene.block_experts named. Returns prompt_id (int32), how (str), n_blocked (int16), draw (int16), rank (int32),
+    log_prob (float32, nats).
     """
     device = input_device(model)
     marks = {
@@ -176,13 +178,17 @@ def measure_blocking(
         index = torch.as_tensor(set_number[rows], device=device)
         return {layer: mark[index] for layer, mark in marks.items()}
 
-    rank, log_prob = np.empty(len(pairs), "int32"), np.empty(len(pairs), "float32")
-    for rows in batches(pairs["length"].to_numpy(), batch_size):
-        with intervene(parts, block_experts(edit(rows))):
-            rank[rows], log_prob[rows] = score(model, pairs, rows)
     of_set = {name: np.array([getattr(s, name) for s in sets], "int16") for name in ("n_blocked", "draw")}
     columns = {name: values[set_number] for name, values in of_set.items()}
-    return _per_prompt(pd.DataFrame({"prompt_id": pairs["prompt_id"], **columns, "rank": rank, "log_prob": log_prob}))
+    frames = []
+    for way in how:
+        rank, log_prob = np.empty(len(pairs), "int32"), np.empty(len(pairs), "float32")
+        for rows in batches(pairs["length"].to_numpy(), batch_size):
+            with intervene(parts, block_experts(edit(rows), way)):
+                rank[rows], log_prob[rows] = score(model, pairs, rows)
+        scored = {"prompt_id": pairs["prompt_id"], "how": way, **columns, "rank": rank, "log_prob": log_prob}
+        frames.append(_per_prompt(pd.DataFrame(scored)))
+    return pd.concat(frames, ignore_index=True)
 
 
 @torch.no_grad()

@@ -69,6 +69,8 @@ SCHEMAS = {
     "tracing_runs": 1,
     "associations": 1,
     "router_attribution": 1,
+    "loads": 1,
+    "gates": 1,
     "table": 1,
 }
 

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moescope.activations import opened
-from moescope.lens import MAX_LOGITS, Readout, lpi, norm_scale
-from moescope.models import Anatomy, Layer, expert_contributions, head_contributions, shared_contribution
+from moescope.lens import Readout, lpi, norm_scale
+from moescope.models import MAX_LOGITS, Anatomy, Layer, expert_contributions, head_contributions, shared_contribution
 
 SUMMED = {
     "layers": {"attention": "sum", "ffn": "sum"},

@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moescope.lens import MAX_LOGITS, Readout
+from moescope.lens import Readout
+from moescope.models import MAX_LOGITS
 from moescope.neurons import Block
 
 GUARD = 1e-6

@@ -69,8 +69,8 @@ def capture(
       attention block is one component;
     - MoE: `l.router_logits` [n experts], `l.expert_ids` int16 [n k] and `l.expert_weights` [n k] as used,
       `l.expert_acts` [n k d_expert], `l.expert_load` and `l.subject_load` int16 [n experts] (positions of the prompt,
-      and of its subject, that chose each expert), `l.router_margin` float32 [n 2] (see `margins`; at the readout position, and the smallest of all),
-      `l.shared.i.acts` [n d_shared], `l.shared.i.gate` [n];
+      and of its subject, that chose each expert), `l.router_margin` float32 [n 2] (see `margins`; at the readout
+      position, and the smallest of all), `l.shared.i.acts` [n d_shared], `l.shared.i.gate` [n];
     - dense FFN: `l.acts` [n d_ffn]; an FFN that is one component: `l.whole.i.out` [n d_model];
     - `l.attention_scale`, `l.experts_scale`, `l.dense_scale`, `l.shared.i.scale`, `l.whole.i.scale` float32 [n]:
       the product of the scales of the post-norms that this part passes, where there are any;

@@ -87,24 +87,29 @@ def over_depth(figure: Figure, panels: Mapping[str, Axes], y: str) -> None:
     figure.legend(*first_panel(panels).get_legend_handles_labels(), loc="outside upper center", ncols=3)
 
 
-def unit_maps(table: pd.DataFrame, unit: str, models: Sequence[str], note: str) -> Figure:
-    """A map of mean LPI, layer by unit, for each model, each with a colour scale of its own."""
+def unit_maps(table: pd.DataFrame, unit: str, value: str, label: str, models: Sequence[str], note: str) -> Figure:
+    """A map of `value` for each model, layer by unit; shared experts stand apart on the left."""
     with panel_grid(models, note) as (figure, panels):
         for model, axes in panels.items():
-            rows = table[table["model"] == model]
-            wide = rows.pivot(index="layer", columns=unit, values="estimate")
-            routed = wide.loc[:, [c for c in wide if c >= 0]].reindex(columns=range(max(wide) + 1))
-            shared = wide.loc[:, [c for c in wide if c < 0]].iloc[:, ::-1]
-            gap = np.full((len(wide), 1 if shared.size else 0), np.nan)
-            values = np.hstack([shared.to_numpy(), gap, routed.to_numpy()])
-            limit = np.nanmax(np.abs(values))
-            image = axes.imshow(values, cmap=DIVERGING, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            offset = shared.shape[1] + gap.shape[1]
-            ticks = np.unique(np.linspace(0, routed.shape[1] - 1, min(routed.shape[1], 5)).astype(int))
-            named = [f"s{i}" for i in range(shared.shape[1])]
-            axes.set_xticks([*range(len(named)), *(ticks + offset)], [*named, *map(str, ticks)])
-            axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.invert_yaxis()
-            figure.colorbar(image, ax=axes, label="mean LPI (nats)")
+            wide = table[table["model"] == model].pivot(index="layer", columns=unit, values=value)
+            if wide.empty:
+                continue
+            routed = wide.reindex(columns=range(max(wide) + 1))
+            shared = wide.loc[:, [number for number in wide if number < 0]].iloc[:, ::-1]
+            shared = shared.set_axis([f"s{i}" for i in range(shared.shape[1])], axis=1)
+            gap = pd.DataFrame(np.nan, index=wide.index, columns=[""] if shared.size else [])
+            heat_map(figure, axes, pd.concat([shared, gap, routed], axis=1), label)
         axis_labels(figure, panels, f"{unit} (s: shared)" if (table[unit] < 0).any() else unit, "layer")
     return figure
+
+
+def heat_map(figure: Figure, axes: Axes, wide: pd.DataFrame, label: str) -> None:
+    """Layers (rows) by the columns of `wide`, which name themselves below, with a colour scale of its own."""
+    wide = wide.reindex(range(max(wide.index) + 1))
+    limit = np.nanmax(np.abs(wide.to_numpy(float))) or 1.0
+    style: Any = {"cmap": DIVERGING, "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
+    image = axes.imshow(wide.to_numpy(float), vmin=-limit, vmax=limit, **style)
+    ticks = np.arange(0, wide.shape[1], -(-wide.shape[1] // 8))
+    axes.set_xticks(ticks, [str(wide.columns[tick]) for tick in ticks])
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=axes, label=label)

@@ -9,10 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moescope.models import Anatomy, Norm, weights_of
+from moescope.models import MAX_LOGITS, Anatomy, Norm, weights_of
 
-MAX_LOGITS = 2**24
-"""Numbers that are held at once, beside weights: 64 MiB of float32."""
 IN_CACHE = 2**19
 """Numbers that a processor's cache holds: fresh memory for more would cost more than the arithmetic."""
 REFERENCE_EPS = 1e-6

@@ -18,6 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+MAX_LOGITS = 2**24
+"""Numbers that are held at once, beside weights: 64 MiB of float32."""
+
 
 class AnatomyError(ValueError):
     """A model whose parts cannot be found or do not add up."""
@@ -280,11 +283,11 @@ def gate_probabilities(
     The weights as used are proportional to the probabilities, token by token, where no bias or limit stands between;
     if neither fits, softmax.
     """
-    logits, ids, weights = router_logits.float(), expert_ids.long(), expert_weights.float()
+    logits, ids, weights = router_logits.float(), expert_ids.long(), expert_weights.detach().float()
     softmax, sigmoid = logits.softmax(-1), logits.sigmoid()
 
     def misfit(probabilities: Tensor) -> float:
-        ratio = weights / probabilities.gather(1, ids).clamp_min(1e-30)
+        ratio = weights / probabilities.detach().gather(1, ids).clamp_min(1e-30)
         # With one expert a token any ratio is constant: sigmoid then has to be the weight itself.
         reference = ratio.mean(-1, keepdim=True) if ids.shape[1] > 1 else ratio.mean()
         return float((ratio / reference - 1).abs().mean())

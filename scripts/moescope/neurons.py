@@ -148,7 +148,7 @@ def every(
     scale: Float[Tensor, " n"],
     target: Int[Tensor, " n"],
 ) -> Float[Tensor, "n m"]:
-    """Exact LPI of every neuron of a block, by brute force; never more than lens.MAX_LOGITS logits at once."""
+    """Exact LPI of every neuron of a block, by brute force; never more than models.MAX_LOGITS logits at once."""
     out = torch.empty_like(block.activations)
     n, m = out.shape
     for numbers in torch.arange(n * m).split(rows_at_once(readout)):

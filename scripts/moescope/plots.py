@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from moescope import cause_plots
+from moescope import cause_plots, routing_plots, steering_plots
 from moescope.artifacts import replacing
 from moescope.drawing import (
     BLOCKS,
@@ -132,13 +132,13 @@ def stages(tables: Tables, models: Sequence[str], note: str) -> Figure:
 
 def heads(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Mean LPI of every head, layer by head."""
-    return unit_maps(tables["heads"], "head", models, note)
+    return unit_maps(tables["heads"], "head", "estimate", "mean LPI (nats)", models, note)
 
 
 def experts(tables: Tables, models: Sequence[str], note: str) -> Figure:
     """Mean LPI of every expert, layer by expert; shared experts stand apart on the left."""
     table = tables["experts"]
-    return unit_maps(table[table["task"] == "all"], "expert", models, note)
+    return unit_maps(table[table["task"] == "all"], "expert", "estimate", "mean LPI (nats)", models, note)
 
 
 def efficiency(tables: Tables, models: Sequence[str], note: str) -> Figure:
@@ -196,6 +196,8 @@ FIGURES: Mapping[str, Callable[[Tables, Sequence[str], str], Figure]] = {
     "heads": heads,
     "experts": experts,
     **cause_plots.FIGURES,
+    **steering_plots.FIGURES,
+    **routing_plots.FIGURES,
     "neurons": neurons,
     "concentration": concentration,
     "expert_curves": expert_curves,

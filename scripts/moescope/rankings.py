@@ -28,8 +28,8 @@ from moescope.bounds import (
     settle,
     tighten,
 )
-from moescope.lens import MAX_LOGITS, Readout, lpi_of, norm_scale
-from moescope.models import Anatomy
+from moescope.lens import Readout, lpi_of, norm_scale
+from moescope.models import MAX_LOGITS, Anatomy
 from moescope.neurons import Block, attention_neurons, attention_units, every, ffn_neurons, ffn_units
 
 KINDS = {"ffn": "neurons", "attention": "attention_neurons"}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from moescope.artifacts import one_line
 from moescope.capture import TOLERANCE
 from moescope.intervene import Edit, intervene
-from moescope.lens import MAX_LOGITS
-from moescope.models import Anatomy
+from moescope.models import MAX_LOGITS, Anatomy
 from moescope.stats import ranks
 
 REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
@@ -88,19 +87,19 @@ def clean_run(model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length
     finally:
         for handle in handles:
             handle.remove()
-    kept = tuple((layer.keys, layer.values) for layer in cache.layers if type(layer) is DynamicLayer)
+    kept = [(layer.keys, layer.values) for layer in cache.layers if type(layer) is DynamicLayer]
     if not len(kept) == len(states) == len(parts.layers):
         raise ResumeError("its layers do not all keep keys and values")
-    clean = CleanRun(tuple(states), final[-1], tuple(calls), cache, kept)
+    clean = CleanRun(tuple(states), final[-1], tuple(calls), cache, tuple(cast(Any, kept)))
     if check:
         try:
             again = at_readout(parts, clean, range(len(parts.layers)))
         except REFUSALS as error:
             raise ResumeError(f"its layers cannot be called one by one: {one_line(error)}") from error
         size = clean.final.abs().amax().clamp_min(1e-30)
-        error = float(((again - clean.final.unsqueeze(1)).abs().amax() / size).float())
-        if not error <= TOLERANCE[clean.final.dtype]:
-            raise ResumeError(f"resumed with nothing changed, its final state changes by {error:.1e}")
+        change = float(((again - clean.final.unsqueeze(1)).abs().amax() / size).float())
+        if not change <= TOLERANCE[clean.final.dtype]:
+            raise ResumeError(f"resumed with nothing changed, its final state changes by {change:.1e}")
     return clean
 
 
@@ -123,7 +122,7 @@ def at_readout(parts: Anatomy, clean: CleanRun, entries: Sequence[int], *edits: 
                 if hidden.shape[1]:
                     hidden = _call(layer.block, clean, call, hidden)
     finally:
-        for memory, (keys, values) in zip(clean.cache.layers, clean.kept, strict=True):
+        for memory, (keys, values) in zip(cast(Any, clean.cache.layers), clean.kept, strict=True):
             memory.keys, memory.values = keys, values
     return hidden
 
@@ -133,7 +132,7 @@ def log_probs_and_ranks(
     parts: Anatomy, states: Float[Tensor, "n d_model"], target: Int[Tensor, " n"]
 ) -> tuple[Float[Tensor, " n"], Int[Tensor, " n"]]:
     """Log-probability (float32, nats) and rank of a target for each final residual state, as the model reads it out."""
-    vocabulary = len(parts.unembedding.weight)  # type: ignore[arg-type]
+    vocabulary = len(cast(Tensor, parts.unembedding.weight))
     found = []
     for x, w in zip(*(t.split(max(1, MAX_LOGITS // vocabulary)) for t in (states, target)), strict=True):
         logits = parts.unembedding(parts.final_norm.module(x)).float() * parts.logit_scale

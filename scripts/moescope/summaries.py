@@ -80,6 +80,15 @@ def prefixed(name: str, summary: Mapping[str, Any]) -> dict[str, float]:
     return {name: summary["estimate"], f"{name}_low": summary["low"], f"{name}_high": summary["high"]}
 
 
+def random_summary(metric: str, found: Float[np.ndarray, " 1+draws"], confidence: float) -> dict[str, float]:
+    """Mean and interval of a metric over the random draws, found[1:], and the share of them at most found[0]."""
+    draws = found[1:] if len(found) > 1 else np.array([np.nan])
+    low, high = interval(draws, confidence)
+    as_low = np.nan if np.isnan(draws).any() else (draws <= found[0]).mean()
+    summary = prefixed(f"{metric}_random", {"estimate": draws.mean(), "low": low, "high": high})
+    return summary | {f"{metric}_draws_as_low": float(as_low)}
+
+
 def together(frames: Sequence[pd.DataFrame], columns: str) -> pd.DataFrame:
     """All rows; without any, an empty table of these columns."""
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns.split())

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moescope import cause_tables
+from moescope import cause_tables, routing_tables, steering_tables
 from moescope.published import Published, blocked_mrr, numbers
 from moescope.stats import hits, reciprocal, two_change_points
 from moescope.summaries import (
@@ -410,6 +410,8 @@ SUMMARIES: Mapping[str, Callable[[Runs, Bootstrap], pd.DataFrame]] = {
     "queries": queries,
     "near_ties": near_ties,
     **cause_tables.SUMMARIES,
+    **steering_tables.SUMMARIES,
+    **routing_tables.SUMMARIES,
 }
 
 
@@ -427,7 +429,7 @@ def _table_2(column: int, row: Any, models: Mapping[str, Published]) -> float:
 
 
 def _table_5(column: int, row: Any, models: Mapping[str, Published]) -> float:
-    if row.scope != "relation" or row.model not in models:
+    if row.scope != "relation" or row.how != "zero" or row.model not in models:
         return np.nan
     return (blocked_mrr(models[row.model], row.name, row.n_blocked) or (np.nan, np.nan))[column]
 

@@ -15,17 +15,20 @@ RESULTS = "results/facts/small-moe"
 FIGURES = [
     *["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
     *["neurons", "concentration", "additivity", "queries", "blocking", "keep_only"],
+    *["contrasts", "expert_map", "faithfulness", "head_map", "head_blocking", "tracing"],
+    *["routing", "mutual_information", "expert_use", "task_overlap"],
+    *["router_attribution", "associations", "head_router", "gate_gradients"],
 ]
 
 
 @pytest.fixture
 def run_rule(copy_of_finished):
-    """Delete a rule's outputs and make them again with that rule alone."""
+    """Delete the outputs of a rule (or several) and make them again with these alone."""
 
     def of(rule, *targets):
         for target in targets:
             (copy_of_finished / target).unlink()
-        small.snakemake(copy_of_finished, *targets, "--allowed-rules", rule)
+        small.snakemake(copy_of_finished, *targets, "--allowed-rules", *rule.split())
         return [copy_of_finished / target for target in targets]
 
     return of
@@ -221,6 +224,7 @@ def test_block_experts(run_rule):
     prompts = prompts_of(blocking.parents[4])
     # Two sizes, each with the best experts and three random draws, for every prompt.
     assert len(table) == len(prompts) * 2 * 4
+    assert set(table["how"]) == {"zero"}
     assert set(table["draw"]) == {-1, 0, 1, 2}
     assert set(table["n_blocked"]) == {1, 2}
     chosen = artifacts.read_table(ranking, "blocked_experts")
@@ -246,7 +250,13 @@ def test_keep_only(run_rule):
             "summarise_neurons",
             ["neurons", "concentration", "additivity", "relation_neurons", "unit_readings", "queries"],
         ),
-        ("summarise_interventions", ["blocking", "keep_only"]),
+        ("summarise_heads", ["head_map", "head_blocking", "tracing"]),
+        ("summarise_interventions", ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"]),
+        (
+            "summarise_steering",
+            ["router_attribution", "associations", "association_pairs", "head_router", "gate_gradients"],
+        ),
+        ("summarise_routing", ["routing", "expert_use", "coactivation", "task_overlap", "mutual_information"]),
     ],
 )
 def test_summaries(run_rule, finished, rule, names):
@@ -273,13 +283,12 @@ def test_efficiency_agrees_with_the_prompts_of_the_run(finished):
     assert mrr["hit_at_10"] == pytest.approx((rank <= 10).mean())
 
 
-@pytest.mark.parametrize("figure", FIGURES)
-def test_plots(run_rule, finished, figure):
-    target = f"results/figures/facts.{figure}.svg"
-    [path] = run_rule(f"plot_{figure}", target)
-    assert path.read_text().startswith("<?xml")
-    assert path.read_bytes() == (finished / target).read_bytes()
-    assert "findings about toy models" in path.read_text()
+def test_plots(run_rule, finished):
+    targets = [f"results/figures/facts.{figure}.svg" for figure in FIGURES]
+    for path, target in zip(run_rule(" ".join(f"plot_{figure}" for figure in FIGURES), *targets), targets):
+        assert path.read_text().startswith("<?xml")
+        assert path.read_bytes() == (finished / target).read_bytes()
+        assert "findings about toy models" in path.read_text()
 
 
 def test_every_rule_writes_its_log_and_benchmark(finished):
@@ -298,7 +307,7 @@ def test_the_report_holds_every_figure_and_table(copy_of_finished, tmp_path):
     text = report.read_text()
     for figure in FIGURES:
         assert f"facts.{figure}.svg" in text
-    for table in ("efficiency", "stages", "concentration", "additivity", "relation_neurons", "blocking", "keep_only"):
+    for table in ("efficiency", "stages", "concentration", "additivity", "relation_neurons", "blocking", "tracing"):
         assert f"{table}.csv" in text
     for words in (
         "199 (fewer if any were dropped",

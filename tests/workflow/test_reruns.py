@@ -9,21 +9,30 @@ import small
 PLOTS_OF = {
     "summarise_attribution": ["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
     "summarise_neurons": ["neurons", "concentration", "additivity", "queries"],
-    "summarise_interventions": ["blocking", "keep_only"],
+    "summarise_heads": ["head_map", "head_blocking", "tracing"],
+    "summarise_interventions": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
+    "summarise_steering": ["router_attribution", "associations", "head_router", "gate_gradients"],
+    "summarise_routing": ["routing", "mutual_information", "expert_use", "task_overlap"],
 }
 
 
-def drawn(rule):
-    """A rule that makes tables, and those that draw them."""
-    return {rule, *(f"plot_{figure}" for figure in PLOTS_OF[rule])}
+def drawn(*rules):
+    """Rules that make tables, and those that draw them."""
+    return {*rules, *(f"plot_{figure}" for rule in rules for figure in PLOTS_OF[rule])}
 
 
 TABLES = {*PLOTS_OF}
-PLOTS = set.union(*map(drawn, TABLES)) - TABLES
-AFTER_NEURONS = {"attribute_neurons", "attribute_queries", "read_units", *drawn("summarise_neurons")}
-AFTER_UNITS = {"attribute", "block_experts", "read_units", *TABLES, *PLOTS}
+PLOTS = drawn(*TABLES) - TABLES
+OF_NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
+OF_ROUTING = {"analyse_routing", "attribute_routers"}
+OF_EXPERTS = {"block_experts", "keep_only", "map_experts", "trace_gates"}
+OF_HEADS = {"sweep_heads", "block_heads", "trace_causes"}
+AFTER_NEURONS = OF_NEURONS | drawn("summarise_neurons")
+AFTER_UNITS = {"attribute", "attribute_routers", "block_experts", "block_heads", "read_units"} | drawn(
+    *TABLES - {"summarise_routing"}
+)
 AFTER_ATTRIBUTION = AFTER_UNITS | AFTER_NEURONS
-AFTER_FILTER = {"filter_known", "keep_only", *AFTER_ATTRIBUTION}
+AFTER_FILTER = {"filter_known", "attribute", *OF_NEURONS, *OF_ROUTING, *OF_EXPERTS, *OF_HEADS, *TABLES, *PLOTS}
 AFTER_MODELS = {"capture", "gather_prompts", *AFTER_FILTER}
 EVERYTHING = {"write_dataset", "train_toy", *AFTER_MODELS}
 
@@ -45,13 +54,21 @@ def test_a_second_run_does_nothing(copy_of_finished):
     [
         ("plots", PLOTS),
         ("tables", TABLES | PLOTS),
-        ("lens", AFTER_ATTRIBUTION),
+        ("lens", AFTER_ATTRIBUTION | {"sweep_heads", "trace_gates"}),
         ("attribution", AFTER_UNITS),
         ("rankings", AFTER_NEURONS),
         ("bounds", AFTER_NEURONS),
         ("queries", {"attribute_queries", *drawn("summarise_neurons")}),
         ("reading", {"read_units", *drawn("summarise_neurons")}),
-        ("intervene", {"block_experts", "keep_only", *drawn("summarise_interventions")}),
+        (
+            "intervene",
+            OF_EXPERTS | OF_HEADS | drawn("summarise_interventions", "summarise_heads", "summarise_steering"),
+        ),
+        ("expert_map", {"map_experts", *drawn("summarise_interventions")}),
+        ("steering", {"sweep_heads", "block_heads", "trace_gates", *drawn("summarise_heads", "summarise_steering")}),
+        ("tracing", {"trace_causes", *drawn("summarise_heads")}),
+        ("routing", {"analyse_routing", *drawn("summarise_routing")}),
+        ("router_attribution", {"attribute_routers", *drawn("summarise_steering")}),
         ("capture", AFTER_MODELS),
         ("toy", {"train_toy", *AFTER_MODELS}),
         ("artifacts", EVERYTHING),
@@ -90,6 +107,12 @@ def test_an_edited_fact_reruns_what_depends_on_it(copy_of_finished):
     [
         ("blocking", {"random_draws": 4}, {"block_experts", *drawn("summarise_interventions")}),
         ("keep_only", {"top": [1, 2]}, {"keep_only", *drawn("summarise_interventions")}),
+        ("expert_map", {"positions": ["readout", "all"]}, {"map_experts", *drawn("summarise_interventions")}),
+        ("head_sweep", {"lpi": False}, {"sweep_heads", *drawn("summarise_heads", "summarise_steering")}),
+        ("head_blocking", {"top": [2]}, {"block_heads", *drawn("summarise_heads")}),
+        ("gate_gradients", {"steps": 5}, {"trace_gates", *drawn("summarise_steering")}),
+        ("associations", {"permutations": 9}, {"attribute_routers", *drawn("summarise_steering")}),
+        ("tracing", {"noise": 2}, {"trace_causes", *drawn("summarise_heads")}),
         ("neurons", {"top": 7}, AFTER_NEURONS),
         ("queries", {"values": 7}, {"attribute_queries", *drawn("summarise_neurons")}),
         ("readings", {"tokens": 7}, {"read_units", *drawn("summarise_neurons")}),
@@ -111,7 +134,7 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path):
     folder = small.make(tmp_path / "run", small.SMALL | {"models": models})
     jobs = small.snakemake(folder, "--dry-run").split("\nrule ")
     asking = {job.split(":")[0] for job in jobs if "gpu=1" in job}
-    assert asking == {"capture", "attribute_queries", "block_experts", "keep_only"}
+    assert asking == {"capture", "attribute_queries", *OF_EXPERTS, *OF_HEADS}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +142,9 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path):
     [
         ("models", {"write_dataset", "train_toy"}),
         ("activations", {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known"}),
-        ("attribution", EVERYTHING - PLOTS - TABLES - {"block_experts", "keep_only"}),
-        ("interventions", EVERYTHING - PLOTS - TABLES - AFTER_NEURONS),
+        ("attribution", EVERYTHING - PLOTS - TABLES - OF_EXPERTS - OF_HEADS - OF_ROUTING),
+        ("routing", EVERYTHING - PLOTS - TABLES - OF_EXPERTS - OF_HEADS - OF_NEURONS),
+        ("interventions", EVERYTHING - PLOTS - TABLES - OF_NEURONS - OF_ROUTING),
         ("tables", EVERYTHING - PLOTS),
     ],
 )

@@ -11,7 +11,8 @@ from snakemake.exceptions import WorkflowError
 LIBRARY = (
     "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints config"
     " drawing expert_map facts intervene lens logs miniature models neurons planted plots published queries rankings"
-    " reading resume routing routing_tables sources stats steering summaries tables toy tracing __init__"
+    " reading resume router_attribution routing routing_plots routing_tables sources stats steering steering_plots"
+    " steering_tables summaries tables toy tracing __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
@@ -49,9 +50,63 @@ DATASETS = {
 }
 MOE = [name for name, model in MODELS.items() if model["moe"]]
 TOYS = [name for name, model in MODELS.items() if "toy" in model]
-ATTRIBUTION_TABLES = ["efficiency", "stages", "gains", "heads", "experts", "expert_curves", "near_ties"]
-NEURON_TABLES = ["neurons", "concentration", "additivity", "relation_neurons", "unit_readings", "queries"]
-INTERVENTION_TABLES = ["blocking", "keep_only"] if MOE else []
+SUMMARIES = {
+    "attribution": {
+        "tables": ["efficiency", "stages", "gains", "heads", "experts", "expert_curves", "near_ties"],
+        "made_from": ["layers", "heads", "experts", "margins"],
+        "models": list(MODELS),
+        "memory_gb": 2,
+    },
+    "neurons": {
+        "tables": ["neurons", "concentration", "additivity", "relation_neurons", "unit_readings", "queries"],
+        "made_from": [
+            *["layers", "heads", "experts", "neurons", "attention_neurons", "relation_neurons", "concentration"],
+            *["neuron_sums", "queries", "value_layers", "readings"],
+        ],
+        "models": list(MODELS),
+        "memory_gb": 8,
+    },
+    "heads": {
+        "tables": ["head_map", "head_blocking", "tracing"],
+        "made_from": ["head_map", "head_blocking", "tracing", "tracing_runs"],
+        "models": list(MODELS),
+        "memory_gb": 4,
+    },
+    "interventions": {
+        "tables": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
+        "made_from": ["layers", "experts", "blocking", "keep_only", "expert_map"],
+        "models": MOE,
+        "memory_gb": 4,
+    },
+    "steering": {
+        "tables": ["router_attribution", "associations", "association_pairs", "head_router", "gate_gradients"],
+        "made_from": ["router_attribution", "associations", "head_router", "gate_gradients", "gate_paths"],
+        "models": MOE,
+        "memory_gb": 8,
+    },
+    "routing": {
+        "tables": ["routing", "expert_use", "coactivation", "task_overlap", "mutual_information"],
+        "made_from": ["loads", "gates"],
+        "models": MOE,
+        "memory_gb": 4,
+    },
+}
+SUMMARIES = {name: of for name, of in SUMMARIES.items() if of["models"]}
+TABLES = [table for of in SUMMARIES.values() for table in of["tables"]]
+REPORTED = [
+    *[
+        "efficiency",
+        "stages",
+        "concentration",
+        "additivity",
+        "relation_neurons",
+        "unit_readings",
+        "blocking",
+        "keep_only",
+    ],
+    *["contrasts", "faithfulness", "head_blocking", "tracing", "gate_gradients", "associations", "association_pairs"],
+    *["mutual_information"],
+]
 SHARDS = [str(number) for number in range(config["shards"])]
 
 

@@ -4,12 +4,17 @@ INPUT   results/tables/*.parquet
 OUTPUT  results/figures/{dataset}.{figure}.svg
 """
 
-MOE_FIGURES = ["experts", "expert_curves", "blocking", "keep_only"]
+MOE_FIGURES = [
+    *["experts", "expert_curves", "blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
+    *["routing", "mutual_information", "expert_use", "task_overlap"],
+    *["router_attribution", "associations", "head_router", "gate_gradients"],
+]
 FIGURES = [
     figure
     for figure in [
-        *["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
-        *["neurons", "concentration", "additivity", "queries", "blocking", "keep_only"],
+        *["gains", "stages", "efficiency", "heads", "neurons", "concentration", "additivity", "queries"],
+        *["head_map", "head_blocking", "tracing"],
+        *MOE_FIGURES,
     ]
     if MOE or figure not in MOE_FIGURES
 ]

@@ -1,10 +1,19 @@
-"""What breaks: experts blocked, and experts kept alone (Mixture-of-Experts models only).
+"""What breaks, and what comes back: experts and heads blocked, kept, mapped one by one; gates and answers traced.
 
-INPUT   results/{dataset}/{model}/prompts.parquet, activations/, attribution/experts.parquet, results/models/{model}/
-OUTPUT  results/{dataset}/{model}/interventions/blocking.parquet           (ablations.measure_blocking)
-        results/{dataset}/{model}/interventions/blocked_experts.parquet    (ablations.choose_sets)
-        results/{dataset}/{model}/interventions/keep_only.parquet          (ablations.measure_keep_only)
+INPUT   results/{dataset}/{model}/prompts.parquet, activations/, attribution/{heads,experts}.parquet,
+        results/models/{model}/
+OUTPUT  results/{dataset}/{model}/interventions/
+            blocking.parquet, blocked_experts.parquet      of MoE models (ablations.measure_blocking, choose_sets)
+            keep_only.parquet                              of MoE models (ablations.measure_keep_only)
+            expert_map.parquet                             of MoE models (expert_map.measure)
+            head_map.parquet, head_router.parquet          (steering.sweep)
+            head_blocking.parquet, blocked_heads.parquet   (steering.measure_head_blocking, choose_heads)
+            gate_gradients.parquet, gate_paths.parquet     of MoE models (steering.gate_gradients)
+            tracing.parquet, tracing_runs.parquet          (tracing.trace)
 """
+
+EXPERT_INTERVENTIONS = ["blocking", "blocked_experts", "keep_only", "expert_map", "gate_gradients", "gate_paths"]
+INTERVENTIONS = ["head_map", "head_router", "head_blocking", "blocked_heads", "tracing", "tracing_runs"]
 
 
 rule interventions:
@@ -13,7 +22,13 @@ rule interventions:
             "results/{dataset}/{model}/interventions/{experiment}.parquet",
             dataset=DATASETS,
             model=MOE,
-            experiment=["blocking", "blocked_experts", "keep_only"],
+            experiment=EXPERT_INTERVENTIONS,
+        ),
+        expand(
+            "results/{dataset}/{model}/interventions/{experiment}.parquet",
+            dataset=DATASETS,
+            model=MODELS,
+            experiment=INTERVENTIONS,
         ),
 
 
@@ -68,3 +83,133 @@ rule keep_only:
         settings=settings("batch_size", "keep_only", load=LOADING),
     script:
         "../../scripts/keep_only.py"
+
+
+rule map_experts:
+    """Block every expert that a prompt uses, one at a time."""
+    input:
+        prompts="results/{dataset}/{model}/prompts.parquet",
+        model=model_files,
+    output:
+        expert_map="results/{dataset}/{model}/interventions/expert_map.parquet",
+    log:
+        "results/logs/map_experts/{dataset}/{model}.log",
+    benchmark:
+        "results/logs/map_experts/{dataset}/{model}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=model_memory,
+        runtime=120,
+    params:
+        code=code("map_experts.py"),
+        settings=settings("batch_size", "expert_map", load=LOADING),
+    script:
+        "../../scripts/map_experts.py"
+
+
+rule sweep_heads:
+    """Block every head at the readout position, one at a time, and watch the routers."""
+    input:
+        prompts="results/{dataset}/{model}/prompts.parquet",
+        model=model_files,
+    output:
+        head_map="results/{dataset}/{model}/interventions/head_map.parquet",
+        head_router="results/{dataset}/{model}/interventions/head_router.parquet",
+    log:
+        "results/logs/sweep_heads/{dataset}/{model}.log",
+    benchmark:
+        "results/logs/sweep_heads/{dataset}/{model}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=model_memory,
+        runtime=120,
+    params:
+        code=code("sweep_heads.py"),
+        settings=settings("batch_size", "head_sweep", load=LOADING),
+    script:
+        "../../scripts/sweep_heads.py"
+
+
+rule block_heads:
+    """Block a relation's best heads, chosen on one half of its subjects and measured on the other."""
+    input:
+        prompts="results/{dataset}/{model}/prompts.parquet",
+        heads="results/{dataset}/{model}/attribution/heads.parquet",
+        model=model_files,
+    output:
+        head_blocking="results/{dataset}/{model}/interventions/head_blocking.parquet",
+        blocked_heads="results/{dataset}/{model}/interventions/blocked_heads.parquet",
+    log:
+        "results/logs/block_heads/{dataset}/{model}.log",
+    benchmark:
+        "results/logs/block_heads/{dataset}/{model}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=model_memory,
+        runtime=120,
+    params:
+        code=code("block_heads.py"),
+        settings=settings("seed", "batch_size", "head_blocking", load=LOADING),
+    script:
+        "../../scripts/block_heads.py"
+
+
+rule trace_gates:
+    """Split the gate probabilities of the chosen experts over heads, by integrated gradients."""
+    input:
+        prompts="results/{dataset}/{model}/prompts.parquet",
+        model=model_files,
+    output:
+        gate_gradients="results/{dataset}/{model}/interventions/gate_gradients.parquet",
+        gate_paths="results/{dataset}/{model}/interventions/gate_paths.parquet",
+    log:
+        "results/logs/trace_gates/{dataset}/{model}.log",
+    benchmark:
+        "results/logs/trace_gates/{dataset}/{model}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=model_memory,
+        runtime=60,
+    params:
+        code=code("trace_gates.py"),
+        settings=settings("seed", "batch_size", "gate_gradients", load=LOADING),
+    script:
+        "../../scripts/trace_gates.py"
+
+
+rule trace_causes:
+    """Corrupt the subject, and restore single parts of the clean run."""
+    input:
+        prompts="results/{dataset}/{model}/prompts.parquet",
+        model=model_files,
+    output:
+        tracing="results/{dataset}/{model}/interventions/tracing.parquet",
+        tracing_runs="results/{dataset}/{model}/interventions/tracing_runs.parquet",
+    log:
+        "results/logs/trace_causes/{dataset}/{model}.log",
+    benchmark:
+        "results/logs/trace_causes/{dataset}/{model}.benchmark.tsv"
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    resources:
+        gpu=gpus,
+        mem_mb=model_memory,
+        runtime=120,
+    params:
+        code=code("trace_causes.py"),
+        settings=settings("seed", "batch_size", "tracing", load=LOADING),
+    script:
+        "../../scripts/trace_causes.py"

@@ -1,0 +1,16 @@
+"""Snakemake script: which experts every prompt chooses, and how clearly, from the cache."""
+
+import torch
+
+from moescope import artifacts, logs, routing
+
+logs.to_file_and_terminal(snakemake.log[0])
+torch.set_num_threads(snakemake.threads)
+
+prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
+tables = routing.summarise(snakemake.input.activations, prompts)
+
+inherited = artifacts.table_provenance(snakemake.input.prompts)
+made_by = artifacts.provenance(snakemake.params.settings, snakemake.params.code, inherited)
+for kind, table in tables.items():
+    artifacts.write_table(table, snakemake.output[kind], kind, made_by)

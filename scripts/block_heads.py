@@ -1,0 +1,23 @@
+"""Snakemake script: block each relation's best heads and random ones, with routing free and forced."""
+
+import torch
+
+from moescope import ablations, anatomy, artifacts, checkpoints, logs, steering
+
+logs.to_file_and_terminal(snakemake.log[0])
+torch.set_num_threads(snakemake.threads)
+settings = snakemake.params.settings
+how = settings["head_blocking"]
+
+model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
+prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
+heads = artifacts.read_table(snakemake.input.heads, "heads")
+parts = anatomy.find(model)
+half = ablations.split_subjects(prompts, settings["seed"])
+sets, ranking = steering.choose_heads(parts, heads, prompts, half, how["top"], how["random_draws"], settings["seed"])
+blocking = steering.measure_head_blocking(model, parts, prompts, half, sets, settings["batch_size"], how["lpi"])
+
+inherited = artifacts.table_provenance(snakemake.input.heads)
+made_by = artifacts.provenance(settings, snakemake.params.code, inherited)
+artifacts.write_table(ranking, snakemake.output.blocked_heads, "blocked_heads", made_by)
+artifacts.write_table(blocking, snakemake.output.head_blocking, "head_blocking", made_by)

@@ -1,0 +1,18 @@
+"""Snakemake script: block every head alone at the readout position, and see what the routers do."""
+
+import torch
+
+from moescope import anatomy, artifacts, checkpoints, logs, steering
+
+logs.to_file_and_terminal(snakemake.log[0])
+torch.set_num_threads(snakemake.threads)
+settings = snakemake.params.settings
+
+model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
+prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
+tables = steering.sweep(model, anatomy.find(model), prompts, settings["batch_size"], settings["head_sweep"]["lpi"])
+
+inherited = artifacts.table_provenance(snakemake.input.prompts)
+made_by = artifacts.provenance(settings, snakemake.params.code, inherited)
+for kind, table in zip(("head_map", "head_router"), tables, strict=True):
+    artifacts.write_table(table, snakemake.output[kind], kind, made_by)

@@ -1,0 +1,18 @@
+"""Snakemake script: what of a clean run brings the answer back when the subject is corrupted."""
+
+import torch
+
+from moescope import anatomy, artifacts, checkpoints, logs, tracing
+
+logs.to_file_and_terminal(snakemake.log[0])
+torch.set_num_threads(snakemake.threads)
+settings = snakemake.params.settings
+
+model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
+prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
+arguments = {"batch_size": settings["batch_size"], "seed": settings["seed"], **settings["tracing"]}
+tables = tracing.trace(model, anatomy.find(model), prompts, **arguments)
+
+made_by = artifacts.provenance(settings, snakemake.params.code, artifacts.table_provenance(snakemake.input.prompts))
+for kind, table in zip(("tracing", "tracing_runs"), tables, strict=True):
+    artifacts.write_table(table, snakemake.output[kind], kind, made_by)
