@@ -2,7 +2,7 @@
 
 import torch
 
-from moescope import anatomy, artifacts, checkpoints, logs, steering
+from moescope import ablations, anatomy, artifacts, checkpoints, logs, steering
 
 logs.to_file_and_terminal(snakemake.log[0])
 torch.set_num_threads(snakemake.threads)
@@ -10,7 +10,7 @@ settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
-sample = steering.sample(prompts, settings["gate_gradients"]["prompts"], settings["seed"])
+sample = ablations.sample_subjects(prompts, settings["gate_gradients"]["prompts"], settings["seed"])
 tables = steering.gate_gradients(
     model, anatomy.find(model), sample, settings["batch_size"], settings["gate_gradients"]["steps"]
 )

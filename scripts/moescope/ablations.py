@@ -44,6 +44,18 @@ def split_subjects(prompts: pd.DataFrame, seed: int) -> Int[np.ndarray, " n"]:
     return half.to_numpy()
 
 
+def sample_subjects(prompts: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
+    """At least n prompts (or all): whole subjects drawn at random, from each relation in turn. Rows stay in order."""
+    rng = np.random.default_rng(seed)
+    turn = pd.Series(0, index=prompts.index)
+    for _, rows in prompts.groupby("relation", sort=True):
+        subjects = rng.permutation(np.sort(rows["subject"].unique()))
+        turn[rows.index] = rows["subject"].map({subject: i for i, subject in enumerate(subjects)})
+    sizes = prompts.groupby([turn, "relation"]).size()
+    taken = sizes.index[sizes.cumsum() - sizes < n]
+    return prompts[pd.MultiIndex.from_arrays([turn, prompts["relation"]]).isin(taken)].reset_index(drop=True)
+
+
 def expert_load(
     parts: Anatomy, activations: Sequence[Path], prompts: pd.DataFrame
 ) -> Int[np.ndarray, "n layers experts"]:

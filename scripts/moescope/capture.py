@@ -185,7 +185,7 @@ def record(
             if path.norms:
                 found[at + name] = reduce(torch.mul, (n.scale(found[f"{at}norm.{id(n)}"]) for n in path.norms))
         if layer.middle is None:
-            here = _of_layer(found, layer)
+            here = of_layer(found, layer)
             middle = here["resid_pre"] + attention_output(layer, here)
             found[f"{at}resid_mid"] = middle.to(here["resid_pre"].dtype)
     return {name: tensor for name, tensor in found.items() if ".norm." not in name}, logits
@@ -227,7 +227,7 @@ def verify(
         errors[equation] = max(error, errors.get(equation, 0.0))
 
     for layer in parts.layers:
-        here, where = _of_layer(found, layer), f"layer {layer.index}"
+        here, where = of_layer(found, layer), f"layer {layer.index}"
         before, middle, after = (here[name].float() for name in ("resid_pre", "resid_mid", "resid_post"))
         if layer.middle is not None:
             attention = attention_output(layer, here)
@@ -278,7 +278,8 @@ def _per_prompt(tokens: pd.DataFrame, scored: pd.DataFrame) -> pd.DataFrame:
     return tokens.join(columns, on="prompt_id").sort_values("prompt_id", ignore_index=True)
 
 
-def _of_layer(found: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor]:
+def of_layer(found: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor]:
+    """The tensors of a layer, by their names without it."""
     at = f"{layer.index}."
     return {name.removeprefix(at): tensor for name, tensor in found.items() if name.startswith(at)}
 

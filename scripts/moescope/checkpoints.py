@@ -40,6 +40,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -184,7 +186,7 @@ def load(
             raise CheckpointError(
                 f"{folder}/: a quantised checkpoint has its own dtype, not {dtype}; set dtype to auto"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        tokenizer = _tokenizer(folder, trust_remote_code)
         check_tokenizer(config, tokenizer)
         placement: dict[str, Any] = {"device_map": {"cpu": None, "cuda": "cuda:0"}.get(device, device)}
         if device == "auto":
@@ -323,6 +325,18 @@ def _weight_names(folder: Path) -> list[str]:
     if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
         raise CheckpointError(f"{folder / INDEX}: names no safetensors files beside it; delete it and fetch it again")
     return names
+
+
+def _tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer as its file describes it, where it names no class of its own.
+
+    AutoTokenizer would take the class of the model's family instead (Qwen2's, say), which splits words in its own way.
+    """
+    path = folder / "tokenizer_config.json"
+    named = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.exists() else None
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast") and (folder / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -353,7 +353,7 @@ def _queries(
     keys, rest = torch.zeros(2, b, length, start.shape[1]), torch.zeros(2, b)
     units, neurons = list[Scored](), list[Scored]()
     for layer in reversed(parts.layers):
-        here = capture._of_layer(found, layer)
+        here = capture.of_layer(found, layer)
         own = values[values["layer"] == layer.index]
         for block, middle in (("ffn", True), ("attention", False)):
             units += _unit_scores(layer, here, block, keys)

@@ -200,18 +200,6 @@ def measure_head_blocking(
     return _per_prompt([table], types | SCORES | dict.fromkeys(HEAD_BLOCKING, "float32"))
 
 
-def sample(prompts: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
-    """At least n prompts (or all): whole subjects drawn at random, from each relation in turn. Rows stay in order."""
-    rng = np.random.default_rng(seed)
-    turn = pd.Series(0, index=prompts.index)
-    for _, rows in prompts.groupby("relation", sort=True):
-        subjects = rng.permutation(np.sort(rows["subject"].unique()))
-        turn[rows.index] = rows["subject"].map({subject: i for i, subject in enumerate(subjects)})
-    sizes = prompts.groupby([turn, "relation"]).size()
-    taken = sizes.index[sizes.cumsum() - sizes < n]
-    return prompts[pd.MultiIndex.from_arrays([turn, prompts["relation"]]).isin(taken)].reset_index(drop=True)
-
-
 def gate_gradients(
     model: PreTrainedModel, parts: Anatomy, prompts: pd.DataFrame, batch_size: int, n_steps: int = 32
 ) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moescope import capture
-from moescope.ablations import matched_draw, split_subjects
+from moescope.ablations import matched_draw, sample_subjects, split_subjects
 from moescope.intervene import Edit, block_attention, intervene, replace_states, restore_experts
 from moescope.models import Anatomy, Layer, Path, attention_output, expert_outputs, ffn_output, shared_contribution
 from moescope.stats import ranks
@@ -80,7 +80,7 @@ def trace(
     """Log-probability and rank of the target after the subject is corrupted and one part of the clean run is restored.
 
     Gaussian noise of `noise` times the standard deviation of the embedding matrix's entries is added to the embeddings
-    of the subject's tokens, in `draws` draws a prompt. `prompts` are those of the main run; `sample` takes n_prompts of
+    of the subject's tokens, in `draws` draws a prompt. `prompts` are those of the main run; `sample_subjects` takes n_prompts of
     those whose subject has a known place. Of answers with several tokens the first one is the target. Restored is, at
     all tokens of a role together:
 
@@ -103,7 +103,7 @@ def trace(
     - tracing_runs: prompt_id, draw, clean, corrupted (log-probabilities), clean_rank, corrupted_rank (int32).
     """
     usable = prompts[prompts["subject_start"] >= 0]
-    traced = sample(usable, n_prompts, seed)
+    traced = sample_subjects(usable, n_prompts, seed)
     logging.info(
         "tracing %d of %d prompts; %d others are left out, since the place of their subject is not known",
         *map(len, (traced, usable)),
@@ -125,15 +125,6 @@ def trace(
                 rows = list(_coalitions(run, effects[prompt.relation, 1 - own], coalitions, seed))
                 tables.append(_measure(model, parts, run, rows, batch_size))
     return pd.concat(tables, ignore_index=True), runs
-
-
-def sample(prompts: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
-    """Prompts of random subjects, relations taking turns, until there are n; the last subject may bring more."""
-    of_subject = prompts.groupby(["relation", "subject"], as_index=False).size()
-    shuffled = of_subject.sample(frac=1, random_state=np.random.default_rng(seed))
-    turns = shuffled.iloc[shuffled.groupby("relation").cumcount().argsort(kind="stable")]
-    chosen = turns[turns["size"].cumsum() - turns["size"] < n]
-    return prompts.merge(chosen[["relation", "subject"]])
 
 
 def roles(start: int, end: int, length: int) -> dict[str, Bool[Tensor, " length"]]:
@@ -189,7 +180,7 @@ def record(model: PreTrainedModel, parts: Anatomy, prompt: Any, deviation: float
     values: dict[tuple[str, int, int], Tensor] = {}
     chosen, outputs = {}, {}
     for layer in parts.layers:
-        here, there = capture._of_layer(clean, layer), capture._of_layer(damaged, layer)
+        here, there = capture.of_layer(clean, layer), capture.of_layer(damaged, layer)
         after, was = there["resid_post"].float(), _added(layer, there)
         values["layer", layer.index, 0] = here["resid_post"].float().expand(draws, -1, -1)
         if layer.attention is not None:

@@ -101,6 +101,14 @@ def test_capture(run_rule, finished):
     assert {"settings", "settings_digest", "code_digest", "dataset_digest", "versions", "time"} <= set(found)
 
 
+@pytest.mark.parametrize("model", ["small-moe", "small-dense"])
+def test_a_trained_model_is_read_back_as_it_was(finished, model):
+    """Weights, configuration and tokenizer: the clean run has the MRR that training reported."""
+    report = json.loads((finished / f"results/models/{model}/training.json").read_text())
+    prompts = artifacts.read_table(finished / f"results/facts/{model}/prompts.parquet", "prompts")
+    assert (1 / prompts["rank"]).mean() == pytest.approx(report["mrr"])
+
+
 def test_gather_prompts(run_rule):
     targets = [f"{RESULTS}/{name}" for name in ("captured.parquet", "dropped.parquet", "activations/index.json")]
     prompts, _, index = run_rule("gather_prompts", *targets)
@@ -240,6 +248,98 @@ def test_keep_only(run_rule):
     assert len(table) == len(prompts) * 2 * 3
     everything = table[table["shared"] & (table["routed"] == -1)].set_index("prompt_id").loc[prompts["prompt_id"]]
     assert (everything["rank"].to_numpy() == prompts["rank"].to_numpy()).all()
+
+
+def interventions_of(run_rule, rule, *names, model="small-moe"):
+    paths = run_rule(rule, *(f"results/facts/{model}/interventions/{name}.parquet" for name in names))
+    return [artifacts.read_table(path, name) for path, name in zip(paths, names)]
+
+
+def test_map_experts(run_rule, finished):
+    [table] = interventions_of(run_rule, "map_experts", "expert_map")
+    experts = artifacts.read_table(finished / RESULTS / "attribution/experts.parquet", "experts")
+    # Every expert that the readout position uses, and no other one.
+    keys = ["prompt_id", "layer", "expert"]
+    both = table.merge(experts, on=keys, validate="1:1")
+    assert len(both) == len(table) == len(experts)
+    assert set(table["positions"]) == {"readout"}
+    clean = prompts_of(finished).set_index("prompt_id")["log_prob"]
+    effect = both["log_prob"] - clean.loc[both["prompt_id"]].to_numpy()
+    assert np.corrcoef(effect, -both["lpi"])[0, 1] > 0.3
+
+
+def test_sweep_heads(run_rule, finished):
+    heads, routers = interventions_of(run_rule, "sweep_heads", "head_map", "head_router")
+    n = len(prompts_of(finished))
+    # Four heads in each of three layers; the routers of their own layer and those above.
+    assert (len(heads), len(routers)) == (n * 12, n * 4 * (3 + 2 + 1))
+    assert (routers["router_layer"] >= routers["layer"]).all()
+    assert routers["overlap"].between(0, 1).all()
+    assert routers[["gate_before", "gate_after"]].stack().between(0, 1 + 1e-6).all()
+
+
+def test_sweep_heads_of_a_dense_model(run_rule):
+    heads, routers = interventions_of(run_rule, "sweep_heads", "head_map", "head_router", model="small-dense")
+    assert len(heads)
+    assert not len(routers)
+
+
+def test_block_heads(run_rule, finished):
+    table, ranking = interventions_of(run_rule, "block_heads", "head_blocking", "blocked_heads")
+    prompts = prompts_of(finished)
+    # The clean run; two sizes, each with the best heads and three random draws, routing free and forced.
+    assert len(table) == len(prompts) * (1 + 2 * 4 * 2)
+    clean = table[table["n_blocked"] == 0].set_index("prompt_id").loc[prompts["prompt_id"]]
+    assert (clean["rank"].to_numpy() == prompts["rank"].to_numpy()).all()
+    assert clean["overlap"].eq(1).all()
+    assert len(ranking) == 3 * 2 * 2
+
+
+def test_trace_gates(run_rule):
+    gradients, paths = interventions_of(run_rule, "trace_gates", "gate_gradients", "gate_paths")
+    traced = gradients.groupby(["prompt_id", "router_layer"])["attribution"].sum()
+    ends = paths.set_index(["prompt_id", "router_layer"])
+    assert 10 <= len(paths) / 3 < 20
+    # Exact for the first router, below which nothing jumps.
+    first = ends.xs(0, level="router_layer")
+    np.testing.assert_allclose(traced.xs(0, level="router_layer"), first["clean"] - first["baseline"], atol=1e-2)
+
+
+def test_trace_causes(run_rule):
+    table, runs = interventions_of(run_rule, "trace_causes", "tracing", "tracing_runs")
+    levels = {"layer", "attention", "ffn", "expert", "shared", "coalition", "random"}
+    assert set(table["level"]) == levels
+    assert runs["corrupted"].mean() < runs["clean"].mean()
+    last = table[(table["level"] == "layer") & (table["layer"] == 2) & (table["position"] == "readout")]
+    both = last.merge(runs, on=["prompt_id", "draw"], suffixes=("", "_run"))
+    np.testing.assert_allclose(both["log_prob"], both["clean"], atol=1e-4)
+
+
+def test_analyse_routing(run_rule, finished):
+    paths = run_rule("analyse_routing", *(f"{RESULTS}/routing/{kind}.parquet" for kind in ("loads", "gates")))
+    loads, gates = (artifacts.read_table(path, path.stem) for path in paths)
+    lengths = prompts_of(finished).set_index("prompt_id")["length"]
+    of_prompt = loads.groupby(["prompt_id", "layer"])[["readout", "all"]].sum()
+    assert of_prompt["readout"].eq(2).all()
+    assert (of_prompt["all"].to_numpy() == 2 * lengths.loc[of_prompt.index.get_level_values(0)].to_numpy()).all()
+    assert gates["gate_entropy"].between(0, 2).all()
+
+
+def test_attribute_routers(run_rule, finished):
+    kinds = ("router_attribution", "associations")
+    paths = run_rule("attribute_routers", *(f"{RESULTS}/routing/{kind}.parquet" for kind in kinds))
+    split, pairs = (artifacts.read_table(path, path.stem) for path in paths)
+    assert {"embedding", "head", "expert", "shared"} <= set(split["source"])
+    # The sources add up to how far the chosen experts' logits stand above the mean of all.
+    with artifacts.open_tensors(finished / RESULTS / "activations/0.safetensors", "activations") as cache:
+        for layer in range(3):
+            logits, ids = (cache.get_tensor(f"{layer}.{name}") for name in ("router_logits", "expert_ids"))
+            pull = logits.gather(1, ids.long()).mean(1) - logits.mean(1)
+            expected = pd.Series(pull.numpy(), cache.get_tensor("prompt_id").numpy()).sort_index()
+            found = split[split["router_layer"] == layer].groupby("prompt_id")["logit"].sum()
+            np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert pairs["r"].dropna().between(-1, 1).all()
+    assert pairs["p"].dropna().ge(1 / 51 - 1e-6).all()
 
 
 @pytest.mark.parametrize(

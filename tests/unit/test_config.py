@@ -329,7 +329,7 @@ def test_defaults_are_filled_at_every_depth_and_the_input_is_left_alone(fact_fol
     before = copy.deepcopy(raw)
     found, relations = config.resolve(raw, SCHEMA, "config.yaml")
     assert raw == before
-    assert found["blocking"] == {"top": [1, 5, 10], "random_draws": 20}
+    assert found["blocking"] == {"top": [1, 5, 10], "random_draws": 20, "how": ["zero"]}
     assert found["models"]["toy-llama"]["dense_partner"] == ""
     assert found["models"]["toy-llama"]["toy"] == {"architecture": "llama", "layers": 4, "ffn_width": 128} | {
         "shared_width": 0,

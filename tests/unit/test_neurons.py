@@ -15,7 +15,7 @@ def blocks_of(parts, tensors, side):
     """The neurons of one side of every layer that has some, and the states that they add to."""
     make, state = SIDES[side]
     made = [
-        (make(layer, capture._of_layer(tensors, layer)), tensors[f"{layer.index}.{state}"]) for layer in parts.layers
+        (make(layer, capture.of_layer(tensors, layer)), tensors[f"{layer.index}.{state}"]) for layer in parts.layers
     ]
     return [(block, state) for block, state in made if block is not None]
 
@@ -45,7 +45,7 @@ def test_a_shared_experts_gate_costs_half_precision_no_digits():
             n, m = block.activations.shape
             vectors = block.contributions(torch.arange(n).repeat_interleave(m), torch.arange(m).repeat(n))
             layer = parts.layers[block.layer]
-            whole = capture.ffn_output(layer, capture._of_layer(tensors, layer))
+            whole = capture.ffn_output(layer, capture.of_layer(tensors, layer))
             torch.testing.assert_close(
                 vectors.view(n, m, -1).sum(1), whole, rtol=0, atol=1e-5 * float(whole.abs().max())
             )
@@ -61,7 +61,7 @@ def test_neurons_add_up_to_their_block_and_each_is_valued_as_any_vector(recorded
         row, place = torch.arange(n).repeat_interleave(m), torch.arange(m).repeat(n)
         vectors = block.contributions(row, place).unflatten(0, (n, m))
         layer = parts.layers[block.layer]
-        here = capture._of_layer(tensors, layer)
+        here = capture.of_layer(tensors, layer)
         parts_sum = (capture.ffn_output if side == "ffn" else capture.attention_output)(layer, here).detach()
         constant = parts_sum - vectors.sum(1)
         # Biases belong to no neuron: of the output projections, and of routed experts times their gate weights.

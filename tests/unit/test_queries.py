@@ -43,7 +43,7 @@ def some_values(parts, found, prompt_id, per_prompt=6, seed=0):
     rng, tables = np.random.default_rng(seed), []
     for make, name in ((neurons.ffn_neurons, "expert"), (neurons.attention_neurons, "head")):
         rows = [(0, 0, 0, 0, -1.0)]
-        blocks = [make(layer, capture._of_layer(found, layer)) for layer in parts.layers]
+        blocks = [make(layer, capture.of_layer(found, layer)) for layer in parts.layers]
         blocks = [block for block in blocks if block is not None]
         for row, prompt in enumerate(prompt_id):
             for block in rng.choice(np.array(blocks, dtype=object), size=per_prompt if blocks else 0):
@@ -138,7 +138,7 @@ def test_what_reads_the_stream_gives_every_activation_at_every_position(made, na
         found, seen = queries._record(model, parts, readers, families.IDS)
     checked = set()
     for (at, block, unit), reader in readers.items():
-        here = capture._of_layer(found, parts.layers[at])
+        here = capture.of_layer(found, parts.layers[at])
         stream = here["resid_mid" if reader.middle else "resid_pre"]
         x = reader.read(stream)
         if block == "attention":

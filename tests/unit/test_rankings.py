@@ -59,7 +59,7 @@ def brute_force(parts, tensors, prompts, side, norm="fixed"):
     scale = lens.norm_scale(parts, tensors["resid_final"], norm)
     frames = []
     for layer in parts.layers:
-        here = capture._of_layer(tensors, layer)
+        here = capture.of_layer(tensors, layer)
         if (block := make(layer, here)) is None:
             continue
         n, m = block.activations.shape
@@ -280,7 +280,7 @@ def test_the_recomputed_scale_is_that_of_every_state(run):
     """LPI with the usual logit lens, against the model's own norm and unembedding."""
     parts, _, prompts, tensors = run("olmoe")
     layer = parts.layers[1]
-    here = capture._of_layer(tensors, layer)
+    here = capture.of_layer(tensors, layer)
     vectors = torch.randn(
         len(here["resid_mid"]), 3, here["resid_mid"].shape[1], generator=torch.Generator().manual_seed(0)
     )

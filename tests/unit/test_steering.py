@@ -451,7 +451,7 @@ def test_a_sample_has_whole_subjects_of_all_relations_alike(subjects, n, seed):
         (f"r{r}", f"s{s}", i) for r, count in enumerate(subjects) for s in range(count) for i in range(1 + (r + s) % 3)
     ]
     prompts = pd.DataFrame(rows, columns=["relation", "subject", "template"]).assign(prompt_id=range(len(rows)))
-    found = steering.sample(prompts, n, seed)
+    found = ablations.sample_subjects(prompts, n, seed)
     assert found["prompt_id"].is_monotonic_increasing
     assert len(found) >= min(n, len(prompts))
     sizes = prompts.groupby(["relation", "subject"]).size()
@@ -462,4 +462,4 @@ def test_a_sample_has_whole_subjects_of_all_relations_alike(subjects, n, seed):
         found.groupby("relation")["subject"].nunique().reindex([f"r{r}" for r in range(len(subjects))], fill_value=0)
     )
     assert all(abs(count - min(per_relation.max(), most)) <= 1 for count, most in zip(per_relation, subjects))
-    pd.testing.assert_frame_equal(found, steering.sample(prompts, n, seed))
+    pd.testing.assert_frame_equal(found, ablations.sample_subjects(prompts, n, seed))

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moescope import ablations, anatomy, capture, planted, tracing
@@ -178,7 +178,7 @@ def test_the_last_state_of_the_readout_position_is_the_clean_answer(run, name):
 @every_moe
 def test_coalitions_are_the_best_by_single_restoration_on_the_other_half(run, name):
     model, parts, table, (found, runs) = run(name)
-    traced = tracing.sample(table, SETTINGS["n_prompts"], SETTINGS["seed"])
+    traced = ablations.sample_subjects(table, SETTINGS["n_prompts"], SETTINGS["seed"])
     half = ablations.split_subjects(traced, SETTINGS["seed"])
     singles = found[found["level"] == "expert"].merge(runs)
     singles["effect"] = singles["log_prob"] - singles["corrupted"]
@@ -291,21 +291,6 @@ def test_roles_are_the_tokens_from_the_subject_to_the_readout(start, tokens, aft
     assert found["readout"].nonzero().tolist() == [[length - 1]]
     assert ("subject_first" in found) == (tokens > 1)
     assert ("subject_middle" in found) == (tokens > 2)
-
-
-@settings(max_examples=50)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5)), min_size=1, max_size=60), st.integers(1, 70))
-def test_a_sample_takes_whole_subjects_evenly_over_relations(pairs, n):
-    prompts = pd.DataFrame(pairs, columns=["relation", "subject"]).assign(prompt_id=range(len(pairs)))
-    found = tracing.sample(prompts, n, 3)
-    pd.testing.assert_frame_equal(found, tracing.sample(prompts, n, 3))
-    assert found["prompt_id"].is_monotonic_increasing
-    sizes, of_found = (table.groupby(["relation", "subject"]).size() for table in (prompts, found))
-    assert (of_found == sizes[of_found.index]).all()
-    assert min(n, len(prompts)) <= len(found) < n + sizes.max()
-    subjects, taken = prompts.groupby("relation")["subject"].nunique(), found.groupby("relation")["subject"].nunique()
-    taken = taken.reindex(subjects.index, fill_value=0)
-    assert (taken[taken < subjects] >= taken.max() - 1).all()
 
 
 @every_moe

@@ -1,0 +1,19 @@
+"""Snakemake script: block every expert that a prompt uses, one at a time."""
+
+import torch
+
+from moescope import anatomy, artifacts, checkpoints, expert_map, logs
+
+logs.to_file_and_terminal(snakemake.log[0])
+torch.set_num_threads(snakemake.threads)
+settings = snakemake.params.settings
+
+model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
+prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
+table = expert_map.measure(
+    model, anatomy.find(model), prompts, settings["batch_size"], settings["expert_map"]["positions"]
+)
+
+inherited = artifacts.table_provenance(snakemake.input.prompts)
+made_by = artifacts.provenance(settings, snakemake.params.code, inherited)
+artifacts.write_table(table, snakemake.output.expert_map, "expert_map", made_by)

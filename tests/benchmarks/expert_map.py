@@ -1,0 +1,304 @@
+"""What the exhaustive expert map costs beside blocking every expert of the model in turn.
+
+PYTHONPATH=scripts python tests/benchmarks/expert_map.py > tests/benchmarks/expert_map.md
+
+With `small` as its argument it runs small models within a minute or two.
+"""
+
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from moescope import anatomy, capture, checkpoints, expert_map, facts, toy
+from moescope.intervene import block_experts, intervene
+
+ROOT = Path(__file__).parents[2]
+SMALL = "small" in sys.argv[1:]
+POSITIONS = ("readout", "all")
+PAIRS, PART, LENGTH = (1, 8, 8) if SMALL else (3, 8, 9)
+EXPERTS, LENGTHS = ((8, 16), (6, 10)) if SMALL else ((8, 16, 32, 64), range(6, 15))
+SHAPE = toy.Shape(
+    "olmoe", layers=2 if SMALL else 8, experts=16, experts_per_token=4, expert_width=32, hidden=64, heads=4, kv_heads=4
+)
+WIDE = replace(SHAPE, experts=16 if SMALL else 64, experts_per_token=8)
+OLMOE_1B_7B = toy.Shape(
+    "olmoe", layers=16, experts=64, experts_per_token=8, expert_width=1024, hidden=2048, heads=16, kv_heads=16
+)
+EQUAL = 1e-5
+
+
+def trained(shape, prompts):
+    """A toy model of this shape that has learned the facts as those of the main job have; its parts and prompts."""
+    with tempfile.TemporaryDirectory() as folder:
+        toy.train(shape, prompts, Path(folder), seed=0)
+        model, tokenizer = checkpoints.load(folder)
+    tokens, _ = facts.tokenise(tokenizer, prompts[prompts["held_out"]])
+    parts = anatomy.find(model)
+    return model, parts, capture.in_memory(model, parts, tokens, 256)[1]
+
+
+def timed(run, *args):
+    """Result, and seconds of this process's CPU time, which other work on the machine does not lengthen."""
+    start = time.process_time()
+    result = run(*args)
+    return result, time.process_time() - start
+
+
+def blocked(parts, layer, expert, ids, where):
+    marks = torch.zeros(1, parts.layers[layer].n_experts, dtype=torch.bool)
+    marks[:, expert] = True
+    at = None
+    if where == "readout":
+        at = torch.zeros(ids.shape, dtype=torch.bool)
+        at[:, -1] = True
+    return intervene(parts, block_experts({layer: marks}, at=at))
+
+
+@torch.no_grad()
+def naive(model, parts, prompts, where, pairs):
+    """Log-probability and rank of all prompts, of equal length, in one batch, with each of these experts blocked."""
+    ids, target = torch.tensor(prompts["token_ids"].tolist()), torch.tensor(prompts["target_id"].tolist())
+    scores = []
+    for layer, expert in pairs:
+        with blocked(parts, layer, expert, ids, where):
+            logits = capture.readout_logits(model, ids)
+        own = logits.gather(1, target[:, None])
+        scores.append(((own - logits.logsumexp(1, keepdim=True))[:, 0], (logits >= own).sum(1)))
+    return [torch.stack(column) for column in zip(*scores)]
+
+
+def compare(model, parts, prompts, where, every=1, pairs=1):
+    """Naive blocking and the map in turn: rows of naive s, ours s, ratio; the last results of both.
+
+    With `every` above 1, naive blocking is timed on every such expert alone, and the time multiplied.
+    """
+    experts = [(layer.index, expert) for layer in parts.layers for expert in range(layer.n_experts)]
+    rows = []
+    expert_map.measure(model, parts, prompts.iloc[:8], 8, [where])
+    for _ in range(pairs):
+        log_probs, theirs = timed(naive, model, parts, prompts, where, experts[::every])
+        found, ours = timed(expert_map.measure, model, parts, prompts, len(prompts), [where])
+        rows.append([theirs * every, ours, theirs * every / ours])
+    return np.array(rows), log_probs[0], found
+
+
+@torch.no_grad()
+def differences(model, parts, prompts, where, log_probs, found):
+    """Difference of every row of the map, and the smallest router margin of each prompt where it is above EQUAL."""
+    row = pd.Series(np.arange(len(prompts)), prompts["prompt_id"])[found["prompt_id"]].to_numpy()
+    place = found["layer"].to_numpy().astype(int) * parts.layers[0].n_experts + found["expert"].to_numpy()
+    found = found.assign(row=row, difference=np.abs(log_probs.numpy()[place, row] - found["log_prob"].to_numpy()))
+    margins = []
+    for one in found[found["difference"] > EQUAL].itertuples():
+        ids = torch.tensor([prompts["token_ids"][one.row]])
+        with blocked(parts, one.layer, one.expert, ids, where):
+            recorded, _ = capture.record(model, parts, ids)
+        margins.append(min(float(recorded[f"{layer.index}.router_margin"][0, 1]) for layer in parts.layers))
+    return found["difference"], margins
+
+
+def share(prompts):
+    """Distinct beginnings of prompts, as a share of their tokens."""
+    ids = torch.tensor(prompts["token_ids"].tolist())
+    return len(expert_map.Tree.of(ids).row) / ids.numel()
+
+
+def forward_flop(shape, vocabulary, length):
+    """Floating-point operations of one prompt's forward pass: (all tokens of one layer, readout)."""
+    d, k = shape.hidden, shape.experts_per_token
+    token = 2 * (4 * d * d + shape.experts * d + 3 * k * d * shape.expert_width)
+    # The attention's kernel multiplies what the mask hides as well.
+    return length * (token + 4 * length * d), 2 * d * vocabulary
+
+
+def map_flop(shape, vocabulary, length):
+    """The same of the readout map of one prompt in a batch of one: clean run, check, experts, variants, readout."""
+    d, k, layers = shape.hidden, shape.experts_per_token, shape.layers
+    layer, readout = forward_flop(shape, vocabulary, length)
+    token = layer / length - 4 * length * d
+
+    def tokens(n):
+        """n tokens of this prompt in blocks; each sees the other positions and the block."""
+        size = min(expert_map.BLOCK, n)
+        filled = -(-n // size) * size
+        return filled * (token + 4 * d * (length - 1 + size))
+
+    again = length - length // 2
+    return {
+        "clean run": layers * layer + 2 * readout,
+        "check": (layers - 2) * again * (token + 4 * d * length) + token + 4 * d * length + (again - 1) * 6 * d * d,
+        "contributions": layers * k * 6 * d * shape.expert_width,
+        "variants": sum(tokens(k * below) for below in range(1, layers)),
+        "readouts": layers * k * readout,
+    }
+
+
+def counted(run, *args):
+    """Floating-point operations of the matrix products that `run` makes."""
+    with FlopCounterMode(display=False) as counter:
+        run(*args)
+    return counter.get_total_flops()
+
+
+def measure_counts():
+    shape, vocabulary, length = replace(SHAPE, layers=6, experts=16, experts_per_token=4), 500, 10
+    model = toy.build(shape, vocabulary, seed=0).eval().requires_grad_(False)
+    # Products of the other backend are not counted.
+    model.set_experts_implementation("eager")
+    parts = anatomy.find(model)
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
+    prompt = pd.DataFrame({"prompt_id": [0], "token_ids": ids.tolist(), "target_ids": [[1]]})
+    layer, readout = forward_flop(shape, vocabulary, length)
+    formula = shape.layers * layer + readout, sum(map_flop(shape, vocabulary, length).values())
+    counts = counted(capture.readout_logits, model, ids), counted(expert_map.measure, model, parts, prompt, 1)
+    print("## Counted arithmetic\n")
+    say(
+        f"""Floating-point operations of all matrix products of the readout map, for one prompt of {length} tokens alone
+        (in a batch the check is of its first prompt only). First the formulas against torch's counter on a small model
+        ({shape.layers} layers, {shape.hidden} dimensions, top-{shape.experts_per_token} of {shape.experts})."""
+    )
+    table(
+        ["MFLOP", "formula", "counted", "difference"],
+        *(
+            [name, f"{a / 1e6:.2f}", f"{b / 1e6:.2f}", f"{a / b - 1:+.1%}"]
+            for name, a, b in zip(("forward pass", "readout map"), formula, counts)
+        ),
+    )
+    vocabulary = 50_304
+    rows = []
+    for n in (6, 10, 14):
+        layer, readout = forward_flop(OLMOE_1B_7B, vocabulary, n)
+        forward, pieces = OLMOE_1B_7B.layers * layer + readout, map_flop(OLMOE_1B_7B, vocabulary, n)
+        whole = sum(pieces.values())
+        everything = OLMOE_1B_7B.layers * OLMOE_1B_7B.experts
+        gflop = [f"{x / 1e9:.1f}" for x in (forward, whole, *pieces.values())]
+        rows.append(
+            [n, gflop[0], gflop[1], f"{whole / forward:.1f}", f"{everything * forward / whole:.0f}", *gflop[2:]]
+        )
+    say(
+        """Then by formula for OLMoE-1B-7B (GFLOP per prompt): the map in forward passes' worth, and what blocking all
+        of its 1024 experts in turn costs beside it."""
+    )
+    pieces = list(map_flop(SHAPE, 1, 2))
+    table(["tokens", "forward pass", "map", "passes", "naive / map", *pieces], *rows)
+
+
+def say(text):
+    """A paragraph, wrapped."""
+    print(fill(" ".join(text.split()), 118))
+
+
+def table(header, *rows):
+    print("\n" + "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)) + "\n")
+    sys.stdout.flush()
+
+
+def spread(values):
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def name_of(shape):
+    return f"{shape.layers} layers, {shape.experts} experts top-{shape.experts_per_token}"
+
+
+def measure_ratios(models):
+    print("## Ratios\n")
+    say(
+        f"""Naive blocking runs a full forward pass of all prompts of {LENGTH} tokens for every expert of the model, in
+        one batch. The map measures the experts that each prompt uses (used, a share of all). Differences of
+        log-probabilities are those of all rows of the map; above {EQUAL:.0e} (nats) a router's choice had turned, and the
+        smallest margin of such a prompt (capture.margins) says how near a tie it was."""
+    )
+    rows = []
+    for shape, (model, parts, prompts) in models.items():
+        prompts = prompts[prompts["length"] == LENGTH].reset_index(drop=True)
+        for where in POSITIONS:
+            times, log_probs, found = compare(model, parts, prompts, where, pairs=PAIRS)
+            off, margins = differences(model, parts, prompts, where, log_probs, found)
+            naive_s, ours, ratio = map(spread, times.T)
+            of = len(prompts) * shape.layers * shape.experts
+            turned = f"{len(margins)} of {len(off)}" + (f", margin at most {max(margins):.0e}" if margins else "")
+            equal = f"{off[off <= EQUAL].max():.0e}"
+            rows.append([name_of(shape), where, len(prompts), f"{len(found) / of:.2f}", naive_s, ours, ratio])
+            rows[-1] += [equal, turned]
+    header = ["model", "positions", "prompts", "used", "naive, s", "map, s", "ratio", "largest difference"]
+    table([*header, f"above {EQUAL:.0e}"], *rows)
+
+
+def measure_curves(models, prompts):
+    print("## Curves\n")
+    say(
+        f"""The same of one pair of runs, naive blocking timed on one expert in {PART} and multiplied. First over numbers
+        of experts (top-4; prompts of {LENGTH} tokens), then over lengths of prompts; a node is a beginning that prompts
+        share, computed once."""
+    )
+
+    def row(label, model, parts, prompts):
+        ratios = [f"{compare(model, parts, prompts, where, every=PART)[0][0, 2]:.3g}" for where in POSITIONS]
+        return [label, len(prompts), f"{share(prompts):.2f}", *ratios]
+
+    def of_length(prompts, length):
+        return prompts[prompts["length"] == length].reset_index(drop=True)
+
+    header = ["prompts", "nodes / tokens", *(f"ratio, {where}" for where in POSITIONS)]
+    rows = []
+    for n in EXPERTS:
+        shape = replace(SHAPE, experts=n)
+        model, parts, known = models.get(shape) or trained(shape, prompts)
+        rows.append(row(n, model, parts, of_length(known, LENGTH)))
+    table(["experts", *header], *rows)
+    for shape, (model, parts, known) in models.items():
+        print(name_of(shape))
+        table(["tokens", *header], *(row(n, model, parts, of_length(known, n)) for n in LENGTHS))
+
+
+def measure_default(prompts):
+    print("## The default models\n")
+    say("CPU seconds of the whole map of all held-out prompts of the default models, batches of 256.")
+    settings = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]
+    rows = []
+    for name in settings:
+        shape = toy.Shape(**settings[name]["toy"])
+        if shape.architecture in toy.MOE and not SMALL:
+            model, parts, known = trained(shape, prompts)
+            row = [name, len(known)]
+            for where in POSITIONS:
+                found, seconds = timed(expert_map.measure, model, parts, known, 256, [where])
+                row += [f"{seconds:.1f}", len(found)]
+            rows.append(row)
+    table(["model", "prompts", "readout, s", "rows", "all positions, s", "rows"], *rows)
+
+
+def main():
+    torch.set_num_threads(1)
+    paths = sorted((ROOT / "config/facts").glob("*.yaml"))
+    prompts = facts.prompt_table(facts.load_relations(paths, ["geography", "object_attributes", "entity"]))
+    print("# What the exhaustive expert map costs\n")
+    say(
+        f"""Written by `PYTHONPATH=scripts python tests/benchmarks/expert_map.py`; one thread, float32, torch
+        {torch.__version__.split("+")[0]}, {platform.machine()} CPU. OLMoE-like models with {SHAPE.hidden} dimensions and
+        experts of width {SHAPE.expert_width}, trained on the facts in config/facts as those of the main job; prompts are
+        its held-out ones, all of a length in one batch. CPU time, measured side by side: median (quartiles) of {PAIRS}
+        pairs run in turn."""
+    )
+    print()
+    models = {shape: trained(shape, prompts) for shape in (SHAPE, WIDE)}
+    measure_ratios(models)
+    measure_curves(models, prompts)
+    measure_counts()
+    measure_default(prompts)
+
+
+if __name__ == "__main__":
+    main()
