@@ -92,12 +92,12 @@ def choose_sets(
 ) -> tuple[list[ExpertSet], pd.DataFrame]:
     """The experts to block when the prompts of a half are measured, chosen on the other half.
 
-    Routed experts are ranked by mean LPI over the relation's prompts (an expert that a prompt does not
-    use adds 0). Each draw of a control has as many experts, matched one by one in layer and activation
-    frequency (share of positions) on the same prompts; where a layer has none left, the nearest layer
-    gives one; a set is smaller than its size where there are fewer experts. `load` is expert_load, its rows those of
-    `prompts`. Also returns the ranking: relation,
-    half (measured), order, layer, expert, mean_lpi (nats), frequency.
+    Routed experts are ranked by mean LPI over the relation's prompts (an expert that a prompt does not use adds 0).
+    Each draw of a control has as many experts, matched one by one in layer and activation frequency (share of
+    positions) on the same prompts; where a layer has none left, the nearest layer gives one; a set is smaller than its
+    size where there are fewer experts. A relation with one subject has no other half to choose on, and no set for it.
+    `load` is expert_load, its rows those of `prompts`. Also returns the ranking: relation, half (measured), order,
+    layer, expert, mean_lpi (nats), frequency.
     """
     rng = np.random.default_rng(seed)
     exists = (load >= 0).all(0)
@@ -106,6 +106,8 @@ def choose_sets(
     for relation, rows in prompts.groupby("relation", sort=True):
         for measured in (0, 1):
             chosen_on = rows[half[rows.index] != measured]
+            if chosen_on.empty:
+                continue
             mean_lpi = np.zeros(load.shape[1:])
             used = routed[routed.index.isin(chosen_on["prompt_id"])]
             np.add.at(mean_lpi, (used["layer"], used["expert"]), used["lpi"])
@@ -181,9 +183,9 @@ def measure_blocking(
             marks[layer][number, expert] = True
     of_prompt = dict(zip(prompts["prompt_id"], zip(prompts["relation"], half, strict=True), strict=True))
     answers = steps(prompts)
-    numbers = [rows_of[of_prompt[prompt_id]] for prompt_id in answers["prompt_id"]]
+    numbers = [rows_of.get(of_prompt[prompt_id], []) for prompt_id in answers["prompt_id"]]
     row = np.repeat(np.arange(len(answers)), [len(n) for n in numbers])
-    set_number = np.concatenate(numbers)
+    set_number = np.concatenate(numbers).astype(int)
     pairs = answers.iloc[row].reset_index(drop=True)
 
     def edit(rows: np.ndarray) -> dict[int, Bool[torch.Tensor, "rows experts"]]:

@@ -97,11 +97,12 @@ def contrasts(tables: Tables, models: Sequence[str], note: str) -> Figure:
     panel_of = table["model"].where(table["contrast"] == "tasks", "with minus without shared experts")
     table = table[table["task"].isin(["", "all"])].assign(panel=panel_of)
     names = [*models, *sorted(set(table["panel"]) - set(models))]
-    n_rows = table[["panel", "first", "second", "n_blocked"]].drop_duplicates().groupby("panel").size().max()
+    n_rows = table[["panel", "first", "second", "how", "n_blocked"]].drop_duplicates().groupby("panel").size().max()
     with panel_grid(names, note, width=5, height=0.3 * np.nan_to_num(n_rows, nan=1) + 0.6) as (figure, panels):
         for name, axes in panels.items():
-            rows = table[table["panel"] == name].sort_values(["first", "second", "n_blocked"])
-            labels = rows["first"] + " - " + rows["second"] + ", " + rows["n_blocked"].astype(str)
+            rows = table[table["panel"] == name].sort_values(["first", "second", "how", "n_blocked"])
+            way = rows["how"] + " " if table["how"].nunique() > 1 else ""
+            labels = rows["first"] + " - " + rows["second"] + ", " + way + rows["n_blocked"].astype(str)
             ticks = list(dict.fromkeys(labels))
             for offset, (metric, label, colour, marker) in zip((-0.15, 0.15), METRICS, strict=True):
                 mine = rows[rows["metric"] == metric]

@@ -55,7 +55,12 @@ def blocking(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                     row |= prefixed(f"{metric}_drop", bootstrap.summary(means[:, 0] - means[:, 1]))
                     row |= random_summary(metric, scores.mean(0)[1:], bootstrap.confidence)
                 rows.append(row | {"draws": measured.shape[1] - 2} | counts(scope))
-    return pd.DataFrame(rows)
+    ends = ("", "_low", "_high")
+    columns = ["dataset", "model", "how", "scope", "name", "n_blocked"]
+    for metric in METRICS:
+        sides = [f"{side}{end}" for side in ("blocked", "drop", "random") for end in ends]
+        columns += [f"{metric}_{name}" for name in ("clean", *sides, "draws_as_low")]
+    return pd.DataFrame(rows, columns=[*columns, "draws", "prompts", "subjects"])
 
 
 def keep_only(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -76,7 +81,9 @@ def keep_only(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                 for i, metric in enumerate(METRICS):
                     row |= prefixed(metric, bootstrap.summary(means[:, i]))
                 rows.append(row | counts(scope))
-    return pd.DataFrame(rows)
+    columns = ["dataset", "model", "task", "kept", "shared", "routed"]
+    columns += [f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*columns, "prompts", "subjects"])
 
 
 def contrasts(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
@@ -116,7 +123,7 @@ def contrasts(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
             row = labels | {"metric": metric} | bootstrap.summary(drops[:, 0] - drops[:, 1:].mean(1))
             row |= prefixed("random", {"estimate": random.mean(), "low": low, "high": high})
             rows.append(row | traits | counts(scope))
-    columns = """dataset contrast first second model task n_blocked metric estimate low high random random_low
+    columns = """dataset contrast first second model task how n_blocked metric estimate low high random random_low
         random_high first_layers second_layers first_shared second_shared prompts subjects"""
     return pd.DataFrame(rows, columns=columns.split())
 
@@ -195,7 +202,8 @@ def tracing(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
 
     One row for each data set, model, level (layer, attention, ffn, expert, shared, coalition, random), minus, size,
     over, position and layer (means nothing of a coalition). Columns besides: share with low and high, (restored -
-    corrupted) / (clean - corrupted), a ratio of means over prompts of log-probabilities; difference with difference_low
+    corrupted) / (clean - corrupted), a ratio of means over prompts of log-probabilities (NaN where the interval of the
+    total reaches 0: the noise took nothing that could come back); difference with difference_low
     and difference_high, mean of restored - corrupted (nats); total, mean of clean - corrupted (nats); prompts (all that
     have the part at the position, also those that the noise did not hurt), subjects. Draws of noise, and of random
     experts, are averaged within a prompt first.
@@ -214,7 +222,8 @@ def tracing(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
             order = scope["prompt_id"]
             means = bootstrap.means(np.column_stack([total.loc[order], wide.loc[order]]), scope["subject"])
             with np.errstate(divide="ignore", invalid="ignore"):
-                share = bootstrap.summary(means[:, 1:] / means[:, :1])
+                lost = np.where(bootstrap.summary(means[:, 0])["low"] > 0, means[:, :1], np.nan)
+                share = bootstrap.summary(means[:, 1:] / lost)
             summary = {"layer": wide.columns, "share": share["estimate"], "low": share["low"], "high": share["high"]}
             summary |= prefixed("difference", bootstrap.summary(means[:, 1:]))
             labels = {"dataset": dataset, "model": model} | dict(zip(keys, where, strict=True))

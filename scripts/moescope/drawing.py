@@ -106,7 +106,7 @@ def unit_maps(table: pd.DataFrame, unit: str, value: str, label: str, models: Se
 def heat_map(figure: Figure, axes: Axes, wide: pd.DataFrame, label: str) -> None:
     """Layers (rows) by the columns of `wide`, which name themselves below, with a colour scale of its own."""
     wide = wide.reindex(range(max(wide.index) + 1))
-    limit = np.nanmax(np.abs(wide.to_numpy(float))) or 1.0
+    limit = np.nanmax(np.abs(wide.to_numpy(float)), initial=0) or 1.0
     style: Any = {"cmap": DIVERGING, "aspect": "auto", "origin": "lower", "interpolation": "nearest"}
     image = axes.imshow(wide.to_numpy(float), vmin=-limit, vmax=limit, **style)
     ticks = np.arange(0, wide.shape[1], -(-wide.shape[1] // 8))

@@ -10,7 +10,8 @@ below; each says what it does to which part, and nothing else does it:
 
 Marks say what is edited: by layer, a row of flags for each row of the batch, or for each token if there are as many
 rows as tokens. Layers that are missing are left alone. `at` limits an edit to some positions: bool [rows length], None
-for all. Edits combine in their order: a later one sees what an earlier one made.
+for all. Edits combine in their order: a later one sees what an earlier one made. What is blocked or replaced is a
+module's output, before any post-norm, whose scale is then that of what is left.
 """
 
 from __future__ import annotations
@@ -155,10 +156,11 @@ def replace_experts(
     """
 
     def removed(layer: Layer, marked: Tensor, ids: Tensor, hit: Tensor) -> Tensor:
-        given = by[layer.index]
+        given = by[layer.index].to(ids.device)
         token = torch.arange(len(ids), device=ids.device).unsqueeze(1)
         every = given[ids.long()] if given.ndim == 2 else given[token // (len(ids) // len(given)), ids.long()]
-        return (every * hit.unsqueeze(-1)).sum(1)
+        # The mean over no prompt is NaN.
+        return every.masked_fill(~hit.unsqueeze(-1), 0).sum(1)
 
     return _exchanged(marks, removed, at)
 
@@ -167,7 +169,7 @@ def restore_experts(marks: Marks, by: Mapping[int, Float[Tensor, "tokens d_model
     """At tokens with a mark, `by` in place of all that the marked experts contribute, be they chosen or not."""
 
     def restored(layer: Layer, marked: Tensor, ids: Tensor, hit: Tensor) -> Tensor:
-        return by[layer.index] * marked.any(-1, keepdim=True)
+        return by[layer.index].to(ids.device).masked_fill(~marked.any(-1, keepdim=True), 0)
 
     return _exchanged(marks, restored, at)
 
@@ -265,8 +267,11 @@ def replace_states(
 
     def handles(parts: Anatomy) -> Iterator[RemovableHandle]:
         for layer in _named(parts, states):
-            marks = at[layer.index].reshape(-1, 1)
-            yield _on_output(layer.block, _substituting(marks, states[layer.index].flatten(0, 1), None))
+            given, where = states[layer.index], at[layer.index]
+            if given.shape[:2] != where.shape:
+                shapes = f"{tuple(given.shape[:2])} and {tuple(where.shape)}"
+                raise ValueError(f"layer {layer.index}: states and positions of {shapes} rows and tokens; give as many")
+            yield _on_output(layer.block, _substituting(where.reshape(-1, 1), given.flatten(0, 1), None))
 
     return _hooked(handles)
 
@@ -377,7 +382,7 @@ def _without_neurons(
         if len(chosen):
             marked = _per_token(marks, ids, at)[chosen]
             acts = expert_activations(module, hidden[chosen], torch.full_like(chosen, expert).unsqueeze(1))[:, 0]
-            kept = 0 if by is None else _rows_of(by, len(ids), marks.ndim)[chosen]
+            kept = 0 if by is None else _rows_of(by.to(acts), len(ids), marks.ndim)[chosen]
             with weights_of(module):
                 down = expert_down(module, expert)
             gone = torch.where(marked, acts - kept, 0) @ down.T

@@ -222,10 +222,9 @@ def note(
     found = [model for model in models if model in toys]
     which = "" if len(found) == len(models) else f" ({', '.join(found)})"
     what = f"Toy-sized models, trained here{which}: findings about toy models.\n" if found else ""
-    return (
-        f"{what}{n:,} prompts about {subjects:,} subjects; intervals: {confidence:.0%} bootstrap over subjects,"
-        f" {bootstrap_draws:,} draws, seed {seed}."
-    )
+    drawn = f"; intervals: {confidence:.0%} bootstrap over subjects, {bootstrap_draws:,} draws, seed {seed}"
+    has_intervals = any(column.endswith("low") for column in table)
+    return f"{what}{n:,} prompts about {subjects:,} subjects{drawn if has_intervals else ''}."
 
 
 def _models(axes: Axes, table: pd.DataFrame, models: Sequence[str], dense: set[str]) -> None:

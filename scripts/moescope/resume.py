@@ -24,7 +24,7 @@ from moescope.intervene import Edit, intervene
 from moescope.models import MAX_LOGITS, Anatomy
 from moescope.stats import ranks
 
-REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, TypeError, ValueError)
+REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 class ResumeError(ValueError):
@@ -58,12 +58,15 @@ class CleanRun:
 
 
 @torch.no_grad()
-def clean_run(model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length"], check: bool = True) -> CleanRun:
+def clean_run(
+    model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length"], check: bool = True, variants: int = 0
+) -> CleanRun:
     """One forward pass of prompts of equal length, kept so that `at_readout` can start from it.
 
-    With `check` it is resumed with nothing changed at every layer: raises ResumeError where that does not give the same
-    final state to the tolerance of the dtype, or cannot be done at all (attention that keeps another memory than keys
-    and values, a kernel that takes no mask, streams beside the residual stream).
+    With `check` it is resumed with nothing changed: at every layer, and as many `variants` more as are to run together.
+    Raises ResumeError where that does not give the same normed final state to the tolerance of the dtype, or cannot be
+    done at all (attention that keeps another memory than keys and values or counts them, a kernel that takes no mask,
+    streams beside the residual stream).
     """
     states: list[Tensor] = []
     calls: list[Call] = []
@@ -83,6 +86,7 @@ def clean_run(model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length
     try:
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     except REFUSALS as error:
+        _let_through(error)
         raise ResumeError(f"it does not run with keys and values: {one_line(error)}") from error
     finally:
         for handle in handles:
@@ -91,16 +95,27 @@ def clean_run(model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length
     if not len(kept) == len(states) == len(parts.layers):
         raise ResumeError("its layers do not all keep keys and values")
     clean = CleanRun(tuple(states), final[-1], tuple(calls), cache, tuple(cast(Any, kept)))
-    if check:
-        try:
-            again = at_readout(parts, clean, range(len(parts.layers)))
-        except REFUSALS as error:
-            raise ResumeError(f"its layers cannot be called one by one: {one_line(error)}") from error
-        size = clean.final.abs().amax().clamp_min(1e-30)
-        change = float(((again - clean.final.unsqueeze(1)).abs().amax() / size).float())
-        if not change <= TOLERANCE[clean.final.dtype]:
-            raise ResumeError(f"resumed with nothing changed, its final state changes by {change:.1e}")
+    if not check:
+        return clean
+    try:
+        again = at_readout(
+            parts, clean, [*[parts.layers[0].index] * variants, *(layer.index for layer in parts.layers)]
+        )
+    except REFUSALS as error:
+        _let_through(error)
+        raise ResumeError(f"its layers cannot be called one by one: {one_line(error)}") from error
+    normed = parts.final_norm.module(clean.final)
+    # Before the norm one very large entry would hide all the others.
+    change = (parts.final_norm.module(again) - normed.unsqueeze(1)).abs().amax() / normed.abs().amax().clamp_min(1e-30)
+    if not float(change) <= TOLERANCE.get(normed.dtype, TOLERANCE[torch.float32]):
+        raise ResumeError(f"resumed with nothing changed, its final state changes by {float(change):.1e}")
     return clean
+
+
+def _let_through(error: Exception) -> None:
+    """Memory that is not enough is no property of a model."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
 
 
 def at_readout(parts: Anatomy, clean: CleanRun, entries: Sequence[int], *edits: Edit) -> Float[Tensor, "b v d_model"]:
@@ -137,6 +152,7 @@ def log_probs_and_ranks(
     for x, w in zip(*(t.split(max(1, MAX_LOGITS // vocabulary)) for t in (states, target)), strict=True):
         logits = parts.unembedding(parts.final_norm.module(x)).float() * parts.logit_scale
         logits = parts.softcap * torch.tanh(logits / parts.softcap) if parts.softcap else logits
+        w = w.to(logits.device)
         log_p = logits.log_softmax(-1).gather(-1, w.unsqueeze(-1)).squeeze(-1)
         found.append((log_p, ranks(logits, w)))
     log_p, rank = (torch.cat(column) for column in zip(*found, strict=True))
@@ -177,7 +193,7 @@ def _mask(call: Call, length: int, hidden: Float[Tensor, "b v d_model"]) -> Floa
         if given.ndim != 4:
             raise ResumeError(f"its attention takes a mask of {given.ndim} dimensions")
         last = given[:, 0, -1, :length]
-        seen = last if last.dtype == torch.bool else last == 0
+        seen = (last if last.dtype == torch.bool else last == 0).to(hidden.device)
     seen = seen.clone()
     seen[:, -1] = False
     visible = torch.cat(

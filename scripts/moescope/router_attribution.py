@@ -43,7 +43,7 @@ SPLIT = {"prompt_id": "int32", "router_layer": "int16", "source": "str", "layer"
 ASSOCIATIONS = (
     dict.fromkeys(("layer", "head", "expert_layer", "expert"), "int16")
     | {"what": "str"}
-    | dict.fromkeys(("r", "p", "q", "r_within", "p_within", "q_within"), "float32")
+    | dict.fromkeys(("r", "p", "q", "r_within", "p_within", "q_within", "r_chance", "r_chance_within"), "float32")
     | {"prompts": "int32"}
 )
 TIE = 1e-6
@@ -290,10 +290,12 @@ def associate(
     et al. 2015, Multi-level block permutation): the null hypothesis is that subjects with equally many prompts can
     trade the LPIs of their heads (p), or only those with equally many of each relation (p_within). A subject that no
     other one matches stays, which is conservative. q is the Benjamini-Hochberg value among all pairs of a `what`;
-    p, and with it q, cannot be smaller than 1 / (1 + permutations).
+    p cannot be smaller than 1 / (1 + permutations), nor q than pairs / (those with the smallest p (1 + permutations)):
+    few true pairs among many are not significant, however strong, unless there are many permutations. r_chance is r
+    after the first permutation, the random control.
 
-    Columns: layer, head, expert_layer, expert (int16), what (str), r, p, q, r_within, p_within, q_within (float32; NaN
-    where a side is the same in all prompts, and left out of q), prompts (int32).
+    Columns: layer, head, expert_layer, expert (int16), what (str), r, p, q, r_within, p_within, q_within, r_chance,
+    r_chance_within (float32; NaN where a side is the same in all prompts, and left out of q), prompts (int32).
     """
     routed = [layer for layer in parts.layers if layer.experts is not None and layer.experts.router is not None]
     order = prompts.sort_values(["relation", "prompt_id"], ignore_index=True)
@@ -309,8 +311,8 @@ def associate(
     found = dict[str, np.ndarray]()
     for end, within in (("", False), ("_within", True)):
         x, y = (standardised(side, order["relation"] if within else None) for side in (lpi, both))
-        r, p = correlations(x, y, exchangeable(order, within), permutations, seed)
-        found |= {f"r{end}": r.numpy(), f"p{end}": p.numpy()}
+        r, p, chance = correlations(x, y, exchangeable(order, within), permutations, seed)
+        found |= {f"r{end}": r.numpy(), f"p{end}": p.numpy(), f"r_chance{end}": chance.numpy()}
     names = [frame.columns.to_frame(index=False).to_numpy() for frame in (lpi, sides["gate"])]
     head, expert = np.nonzero(names[0][:, :1] <= names[1][:, 0])
     frames = []
@@ -365,20 +367,26 @@ def correlations(
     blocks: Sequence[Int[np.ndarray, "subjects size"]],
     permutations: int,
     seed: int,
-) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"]]:
-    """(r, p) of all pairs of standardised columns; permutations trade the rows of x that a block lists together."""
+) -> tuple[Float[Tensor, "a b"], Float[Tensor, "a b"], Float[Tensor, "a b"]]:
+    """(r, p, r after the first permutation) of all pairs of standardised columns.
+
+    Permutations trade the rows of x that a block lists together.
+    """
     rng = np.random.default_rng(seed)
     r, (n, a) = x.T @ y, x.shape
     at_least, clean = torch.zeros_like(r), (x.nan_to_num(), y.nan_to_num())
+    chance = torch.full_like(r, torch.nan)
     step = max(1, MAX_LOGITS // max(r.numel(), x.numel()))
     for start in range(0, permutations, step):
         index = np.empty((min(step, permutations - start), n), dtype=int)
         for row in index:
             for block in blocks:
                 row[block] = block[rng.permutation(len(block))]
-        permuted = clean[0][torch.from_numpy(index)].transpose(1, 2).flatten(0, 1) @ clean[1]
-        at_least += (permuted.unflatten(0, (-1, a)).abs() >= r.abs() - TIE).sum(0)
-    return r, torch.where(r.isnan(), torch.nan, (1 + at_least) / (1 + permutations))
+        permuted = (clean[0][torch.from_numpy(index)].transpose(1, 2).flatten(0, 1) @ clean[1]).unflatten(0, (-1, a))
+        at_least += (permuted.abs() >= r.abs() - TIE).sum(0)
+        chance = permuted[0] if start == 0 else chance
+    p = torch.where(r.isnan(), torch.nan, (1 + at_least) / (1 + permutations))
+    return r, p, torch.where(r.isnan(), torch.nan, chance)
 
 
 def benjamini_hochberg(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

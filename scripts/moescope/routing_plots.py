@@ -84,12 +84,14 @@ def task_overlap(tables: Tables, models: Sequence[str], note: str) -> Figure:
     table = tables["task_overlap"]
     table = table[(table["scope"] == "task") & (table["positions"] == "readout") & (table["metric"] == "overlap")]
     pairs = table[["one", "other"]].drop_duplicates().itertuples(index=False)
-    series = {pair: SERIES[i % len(SERIES)] for i, pair in enumerate(pairs)}
+    lines = ("-", "--", "-.")
+    series = {pair: (*SERIES[i % len(SERIES)], lines[i // len(SERIES) % len(lines)]) for i, pair in enumerate(pairs)}
     with panel_grid(models, note, sharey=True) as (figure, panels):
         for model, axes in panels.items():
-            for (one, other), (colour, marker) in series.items():
+            for (one, other), (colour, marker, line) in series.items():
                 rows = table[(table["model"] == model) & (table["one"] == one) & (table["other"] == other)]
-                curve(axes, rows, "layer", "estimate", color=colour, marker=marker, label=f"{one}, {other}")
+                named = {"color": colour, "marker": marker, "linestyle": line, "label": f"{one}, {other}"}
+                curve(axes, rows, "layer", "estimate", **named)
                 axes.plot(rows["layer"], rows["shuffled"], color=colour, ls=":", lw=1)
         over_depth(figure, panels, "overlap of loads")
     return figure

@@ -135,14 +135,14 @@ def task_overlap(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     Columns: dataset, model, scope (task or relation), one, other, positions (readout, subject or all), layer, metric,
     estimate, low, high, shuffled (mean, low and high over SHUFFLES shuffles), prompts, subjects (of both). Metrics:
     overlap (1 - total variation distance of the two loads), jaccard (index of the sets of their k most chosen experts;
-    a position chooses k). A shuffle deals out the facts to all tasks (or relations) anew: where the estimate is not
+    a position chooses k). A shuffle deals out the subjects to all tasks (or relations) anew: where the estimate is not
     below that, the two differ by chance alone. Intervals as in `_summary`.
     """
     frames = []
     for (dataset, model), run in _moe(runs):
         facts, unit = _units(run["prompts"], FACTS)
         weights = _weights(facts["subject"], bootstrap)
-        orders = _shuffles(np.zeros(len(facts)), bootstrap.seed)
+        orders = _shuffles(facts["subject"], np.zeros(len(facts)), bootstrap.seed)
         for scope in ("task", "relation"):
             starts = _starts(facts[scope])
             pairs = list(combinations(facts[scope].iloc[starts], 2))
@@ -170,8 +170,7 @@ def mutual_information(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     last_token, the prompt's), given (empty, or last_token), label_entropy (bits; of the label, given that), plug_in,
     shuffled (mean, low and high over SHUFFLES shuffles), estimate = plug_in - shuffled with low and high (intervals as
     in `_summary`), of_largest (estimate / the largest one of any layer), prompts, subjects. A shuffle deals out labels
-    to the facts anew (to facts and last tokens, where these count), only among those with the same last token where
-    that is given.
+    to the subjects anew, whose facts stay together, only among those with the same last token where that is given.
 
     Subtracting what shuffled labels have removes what few prompts alone give a plug-in value, and a little more where
     labels do tell experts apart.
@@ -184,7 +183,7 @@ def mutual_information(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
             units, unit = _units(prompts, list(dict.fromkeys([*keys, *FACTS])))
             weights, starts = _weights(units["subject"], bootstrap), _starts(*(units[key] for key in keys))
             group = units[given].to_numpy() if given else np.zeros(len(units), int)
-            orders = _shuffles(group, bootstrap.seed)
+            orders = _shuffles(units["subject"], group, bootstrap.seed)
             certain = _entropy_of(prompts[[given]]) if given else 0.0
             row = {"dataset": dataset, "model": model, "label": label, "given": given, **counts(prompts)}
             row["label_entropy"] = _entropy_of(prompts[keys]) - certain
@@ -249,7 +248,7 @@ def _sizes(run: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     rows = []
     for positions in POSITIONS:
         known = only(run["prompts"], run["loads"].loc[run["loads"][positions] > 0, "prompt_id"])
-        for scope, name, rest in scopes(known):
+        for scope, name, rest in scopes(known) if len(known) else ():
             rows.append({"scope": scope, "name": name, "positions": positions, **counts(rest)})
     return pd.DataFrame(rows)
 
@@ -318,10 +317,11 @@ def _resampled(
     return np.concatenate(found)
 
 
-def _shuffles(group: Int[np.ndarray, " units"], seed: int) -> Int[np.ndarray, "shuffles units"]:
-    """Random orders of the units of each group, which stand together."""
+def _shuffles(subjects: pd.Series, group: Int[np.ndarray, " units"], seed: int) -> Int[np.ndarray, "shuffles units"]:
+    """Random orders of the units of each group, which stand together; those of a subject stay side by side."""
     rng = np.random.default_rng(seed)
-    return np.stack([np.lexsort([rng.random(len(group)), group]) for _ in range(SHUFFLES)])
+    _, subject = np.unique(subjects, return_inverse=True)
+    return np.stack([np.lexsort([rng.permutation(subject.max() + 1)[subject], group]) for _ in range(SHUFFLES)])
 
 
 def _dealt(

@@ -87,7 +87,7 @@ def sweep(
     entries = [parts.layers[0].index, *heads[:, 0].tolist()]
     marks = _marks(parts, [[], *([one] for one in heads.tolist())])
     answers, effects, routing = steps(prompts), list[pd.DataFrame](), list[pd.DataFrame]()
-    for rows, ids, clean in _clean_runs(model, parts, answers, _prompts_at_once(answers, batch_size, len(entries))):
+    for rows, ids, clean in _clean_runs(model, parts, answers, batch_size, len(entries)):
         found = Watched()
         final = _variants(model, parts, ids, clean, entries, marks, found)
         target = _targets(answers, rows, final.device)
@@ -121,17 +121,19 @@ def choose_heads(
     """The heads to block when the prompts of a half are measured, chosen on the other half by mean LPI.
 
     `heads` is attribution's table, `half` ablations.split_subjects. Each random draw has as many other heads, of the
-    same layers as far as these have any left, each as likely as the next; sizes of more than half of all heads, which
-    leave no such control, are left out. Also returns the ranking: relation, half (measured), order, layer, head,
-    mean_lpi (nats).
+    same layers as far as these have any left, each as likely as the next (draws can repeat where few others are left);
+    sizes of more than a third of all heads, which leave hardly any such control, are left out. Also returns the
+    ranking: relation, half (measured), order, layer, head, mean_lpi (nats).
     """
     rng = np.random.default_rng(seed)
     width = max(layer.n_heads for layer in parts.layers)
     exists = np.array([[head < layer.n_heads for head in range(width)] for layer in parts.layers])
-    fitting = [n for n in sizes if 2 * n <= exists.sum()]
+    fitting = [n for n in sizes if 3 * n <= exists.sum()]
     if len(fitting) < len(sizes):
         left_out = ", ".join(str(n) for n in sizes if n not in fitting)
-        logging.warning("sets of %s heads left out: of %d heads, as many others do not remain", left_out, exists.sum())
+        logging.warning(
+            "sets of %s heads left out: of %d heads, twice as many others do not remain", left_out, exists.sum()
+        )
     if not fitting:
         return [], pd.DataFrame(columns=["relation", "half", "order", "layer", "head", "mean_lpi"])
     # What choose_sets does not ask where it draws nothing: how often each is used.
@@ -220,8 +222,7 @@ def gate_gradients(
     entries = [parts.layers[0].index] * len(alpha)
     gradients, paths = list[pd.DataFrame](), list[pd.DataFrame]()
     known = [layer.index for layer in parts.layers if layer.experts is not None and layer.experts.router is not None]
-    size = _prompts_at_once(prompts, batch_size, len(entries))
-    for rows, ids, clean in _clean_runs(model, parts, prompts, size) if known else ():
+    for rows, ids, clean in _clean_runs(model, parts, prompts, batch_size, len(entries)) if known else ():
         prompt_id, before, found = prompts["prompt_id"].to_numpy()[rows], Watched(), Watched()
         with torch.no_grad():
             _variants(model, parts, ids, clean, entries[:1], {}, before)
@@ -316,15 +317,16 @@ def _paths(layer: Layer) -> dict[str, Path]:
 
 
 def _clean_runs(
-    model: PreTrainedModel, parts: Anatomy, rows: pd.DataFrame, batch_size: int
+    model: PreTrainedModel, parts: Anatomy, rows: pd.DataFrame, batch_size: int, variants: int
 ) -> Iterator[tuple[Int[np.ndarray, " b"], Int[Tensor, "b length"], CleanRun | None]]:
     """Batches of equal length: row numbers, token ids, and a clean run to start from (None: it cannot be resumed)."""
-    can_resume = True
-    for batch in batches(rows["length"].to_numpy(), batch_size):
+    can_resume, unchecked = True, variants
+    for batch in batches(rows["length"].to_numpy(), _prompts_at_once(rows, batch_size, variants)):
         ids, clean = token_tensor(rows, batch, input_device(model)), None
         if can_resume:
             try:
-                clean = clean_run(model, parts, ids)
+                clean = clean_run(model, parts, ids, variants=unchecked)
+                unchecked = 0
             except ResumeError as error:
                 can_resume = False
                 logging.warning("not resumed, every variant takes a whole forward pass: %s", error)
@@ -343,21 +345,24 @@ def _variants(
 ) -> Float[Tensor, "b v d_model"]:
     """Final residual states of variants of the readout token that have heads blocked, or replaced; watched there.
 
-    Resumed at `entries` as by resume.at_readout; without a clean run whole forward passes, all variants in all layers.
+    Resumed at `entries` as by resume.at_readout; without a clean run a whole forward pass for each variant.
     """
-    b, v, at = len(ids), len(entries), None
-    ran = {layer.index: sum(entry <= layer.index for entry in entries) for layer in parts.layers}
+    b, v = len(ids), len(entries)
     if clean is None:
-        ids, ran = ids.repeat_interleave(v, 0), dict.fromkeys(ran, v)
-        at = _readout_position(ids)
+        pieces: list[Watched] = [{} for _ in range(v)]
+        for i, here in enumerate(pieces):
+            at = _readout_position(ids)
+            rows = {index: mark[i : i + 1].expand(b, -1) for index, mark in marks.items()}
+            values = None if by is None else {index: z[:, i] for index, z in by.items()}
+            with intervene(parts, block_heads(rows, values, at), watch(here, at)):
+                readout_logits(model, ids)
+        for index, first in pieces[0].items():
+            found[index] = {name: torch.stack([p[index][name] for p in pieces], 1).flatten(0, 1) for name in first}
+        return found[FINAL]["resid_final"].unflatten(0, (b, v))
+    ran = {layer.index: sum(entry <= layer.index for entry in entries) for layer in parts.layers}
     rows = {index: mark[: ran[index]].repeat(b, 1) for index, mark in marks.items()}
     values = None if by is None else {index: z[:, : ran[index]].flatten(0, 1) for index, z in by.items()}
-    edits = block_heads(rows, values, at), watch(found, at)
-    if clean is not None:
-        return at_readout(parts, clean, entries, *edits)
-    with intervene(parts, *edits):
-        readout_logits(model, ids)
-    return found[FINAL]["resid_final"].unflatten(0, (b, v))
+    return at_readout(parts, clean, entries, block_heads(rows, values), watch(found))
 
 
 def _measured(

@@ -53,7 +53,10 @@ def router_attribution(tables: Tables, models: Sequence[str], note: str) -> Figu
 
 
 def associations(tables: Tables, models: Sequence[str], note: str) -> Figure:
-    """Distribution of |r| over all pairs of a head and an expert: median, quartiles, 5% to 95%, and the largest."""
+    """Distribution of |r| over all pairs of a head and an expert: median, quartiles, 5% to 95%, and the largest.
+
+    Grey: up to 95%, and the largest, after a permutation.
+    """
     table = tables["associations"]
     order = [(what, control) for what in ("gate", "lpi") for control in ("none", "relation")]
     with panel_grid(models, note, height=1.7) as (figure, panels):
@@ -65,6 +68,8 @@ def associations(tables: Tables, models: Sequence[str], note: str) -> Figure:
             axes.hlines(y, rows["p25"], rows["p75"], color=colours, linewidth=4)
             axes.plot(rows["median"], y, "|", color="white")
             axes.plot(rows["largest"], y, "x", color="black", markersize=4)
+            axes.hlines(y + 0.25, 0, rows["chance_p95"], color=GREY, linewidth=1)
+            axes.plot(rows["chance_largest"], y + 0.25, "x", color=GREY, markersize=4)
             names = [what + (", within relations" if control == "relation" else "") for what, control in order]
             axes.set_yticks(y, names)
             axes.invert_yaxis()

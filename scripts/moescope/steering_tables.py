@@ -53,8 +53,10 @@ def associations(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
 
     Columns: dataset, model, what (gate: of the head's LPI with the expert's gate probability; lpi: with its LPI),
     control (none; or relation: means of relations subtracted), p5, p25, median, p75, p95, p99, largest (quantiles of
-    |r|), significant (share of the pairs with a false discovery rate below FALSE_DISCOVERIES), pairs, prompts,
-    subjects. Pairs of which a side is the same in all prompts are left out. What chance gives is in the p of each pair.
+    |r|), chance_p95, chance_largest (of |r| after one permutation: the random control), significant (share of the pairs
+    with a false discovery rate below FALSE_DISCOVERIES), least_q (the smallest q that so many pairs can have with the
+    permutations done: where it is not below that rate, none could be significant), pairs, prompts, subjects. Pairs of
+    which a side is the same in all prompts are left out.
     """
     rows = []
     for (dataset, model), run in runs.items():
@@ -63,9 +65,13 @@ def associations(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                 found = pairs.dropna(subset=f"r{end}")
                 row = {"dataset": dataset, "model": model, "what": what, "control": control}
                 row |= {name: found[f"r{end}"].abs().quantile(level) for name, level in QUANTILES.items()}
-                row |= {"significant": (found[f"q{end}"] < FALSE_DISCOVERIES).mean(), "pairs": len(found)}
+                chance, p = found[f"r_chance{end}"].abs(), found[f"p{end}"]
+                row |= {"chance_p95": chance.quantile(0.95), "chance_largest": chance.max()}
+                row |= {"significant": (found[f"q{end}"] < FALSE_DISCOVERIES).mean()}
+                row |= {"least_q": min(1.0, len(p) * p.min() / max(1, (p == p.min()).sum())), "pairs": len(found)}
                 rows.append(row | counts(run["prompts"]))
-    columns = ["dataset", "model", "what", "control", *QUANTILES, "significant", "pairs", "prompts", "subjects"]
+    columns = ["dataset", "model", "what", "control", *QUANTILES, "chance_p95", "chance_largest", "significant"]
+    columns += ["least_q", "pairs", "prompts", "subjects"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -173,9 +179,11 @@ def head_blocking(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
                         row |= prefixed(f"{metric}_change", bootstrap.summary(blocked[:, i] / whole[:, i] - 1))
                 before, best, again = whole[:, 1], blocked[:, 1], mended[:, 0]
                 row |= prefixed("mrr_forced", bootstrap.summary(again))
-                lost = np.where(row["mrr_drop_low"] > 0, before - best, np.nan)
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    row |= prefixed("recovered", bootstrap.summary((again - best) / lost))
+                # A draw that loses nothing has nothing to recover: it is left out.
+                some = before > best
+                sure = row["mrr_drop_low"] > 0 and not np.isnan(again[0])
+                back = (again - best)[some] / (before - best)[some] if sure else np.full(2, np.nan)
+                row |= prefixed("recovered", bootstrap.summary(back))
                 rows.append(row | {"draws": len(draws) - 1} | counts(scope))
     columns = ["dataset", "model", "scope", "name", "n_blocked"]
     for metric in METRICS:
@@ -191,12 +199,13 @@ def gate_gradients(runs: Runs, bootstrap: Bootstrap) -> pd.DataFrame:
     Columns: dataset, model, router_layer (NA: the mean over all), layer (of the heads; NA: all), traced (summed
     attribution of the heads / gate probability of the experts of the clean choice, a ratio of means) with traced_low
     and traced_high, clean and baseline (mean of that probability, in the clean run and with all heads' outputs at 0),
-    error (mean |summed attribution - (clean - baseline)|: what the steps of the path miss; NaN for a single layer) with
-    error_low and error_high, prompts, subjects. Attributions are estimates with this error.
+    error (mean |summed attribution - (clean - baseline)|: what the path misses, by its steps, and by jumps where the
+    experts chosen below change; NaN for a single layer) with error_low and error_high, prompts, subjects. Attributions
+    are estimates with this error.
     """
     frames = []
     for (dataset, model), run in runs.items():
-        prompts = only(run["prompts"], run["gate_paths"]["prompt_id"])
+        prompts = only(run["prompts"], run["gate_gradients"]["prompt_id"])
         if prompts.empty:
             continue
         ends = run["gate_paths"].pivot(index="prompt_id", columns="router_layer", values=["clean", "baseline"])

@@ -80,19 +80,20 @@ def trace(
     """Log-probability and rank of the target after the subject is corrupted and one part of the clean run is restored.
 
     Gaussian noise of `noise` times the standard deviation of the embedding matrix's entries is added to the embeddings
-    of the subject's tokens, in `draws` draws a prompt. `prompts` are those of the main run; `sample_subjects` takes n_prompts of
-    those whose subject has a known place. Of answers with several tokens the first one is the target. Restored is, at
-    all tokens of a role together:
+    of the subject's tokens, in `draws` draws a prompt. `prompts` are those of the main run; traced is a sample of
+    n_prompts of those whose subject has a known place. Of answers with several tokens the first one is the target.
+    Restored is, at all tokens of a role together:
 
     - layer: the residual stream after a layer;
     - attention, ffn: what a block adds to the residual stream; shared: what shared expert -1 - `expert` adds;
-    - expert: the contribution of a routed expert that the clean run uses there, in place of its corrupted one;
+    - expert: what a routed expert that the clean run uses there gives, in place of its corrupted output (before any
+      post-norms, whose scale then changes, while ffn and shared keep recorded scales);
     - coalition: the best `size` of the experts that the clean run uses at the subject, or at the readout position, all
       together; the best by summed effect of single restorations there, on prompts of the other half of the relation's
       subjects (ablations.split_subjects);
-    - random: as many others of them, matched in layer first (ablations.matched_draw); the control, another one for each
-      draw of the noise. Sizes of which a prompt does not use twice as many experts there are left out, and so are
-      relations with one subject.
+    - random: as many others of them, matched in layer first (ablations.matched_draw); the control, drawn anew for each
+      draw of the noise. Sizes of which a prompt does not use three times as many experts there are left out, and so
+      are relations with one subject.
 
     Results depend on a prompt's id and the seed, not on the batch it runs in; a coalition also on the other prompts.
     Returns two tables; log-probabilities are float32 in nats:
@@ -253,7 +254,7 @@ def _coalitions(
         used = [(int(layer), int(expert)) for layer, expert in np.argwhere(~np.isnan(frequency))]
         ranked = sorted(used, key=lambda place: -effects.get((position, *place), 0.0))
         for size in sizes:
-            if 2 * size <= len(used):
+            if 3 * size <= len(used):
                 best = tuple(ranked[:size])
                 for draw, rng in enumerate(rngs):
                     others = matched_draw(best, frequency, rng)

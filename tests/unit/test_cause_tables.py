@@ -137,6 +137,16 @@ def test_contrasts_are_differences_of_the_drops_of_the_table_of_blocking(clean, 
         assert found["random"] == pytest.approx(random[0] - random[1])
 
 
+def test_ways_of_blocking_are_told_apart():
+    one = run({-1: [2, 4, 40, 8], 0: [1, 2, 20, 4]}, 0)
+    other = one["blocking"].assign(how="reroute", rank=one["blocking"]["rank"] * 3)
+    both = {("facts", "moe"): one | {"blocking": pd.concat([one["blocking"], other])}}
+    for name, keys in (("contrasts", ["metric"]), ("blocking", ["scope", "name"])):
+        table = cause_tables.SUMMARIES[name](both, BOOTSTRAP)
+        assert set(table["how"]) == {"zero", "reroute"}
+        assert not table.duplicated(["how", *keys]).any()
+
+
 def test_blocking_what_a_random_draw_blocks_makes_no_contrast():
     same = dict.fromkeys((-1, 0, 1), RANKS[-1])
     runs = {("facts", "with"): run(same, -1), ("facts", "without"): run(same, 0)}
@@ -379,7 +389,7 @@ def whole_run(dense=False):
 RUNS = {("facts", "moe"): whole_run(), ("facts", "dense"): whole_run(dense=True)}
 
 
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("name", [*NEW, "blocking"])
 def test_without_rows_a_table_has_its_columns(name):
     summary = cause_tables.SUMMARIES[name]
     full = summary(RUNS, BOOTSTRAP)

@@ -115,10 +115,10 @@ def test_reroute_without_a_blocked_expert_in_the_chosen_set_is_clean(build, ids,
 @every_moe
 def test_reroute_says_when_too_few_experts_are_left(build, ids, name):
     model = build(name)
-    parts = anatomy.find(model)
+    parts, clean = anatomy.find(model), logits_of(model, ids)
     with pytest.raises(ValueError, match="layer 0: the router chose an expert that is hidden from it: fewer than"):
         logits_of(model, ids, block_experts(flags(parts, lambda layer: layer.n_experts, True), "reroute"))
-    assert torch.equal(logits_of(model, ids), logits_of(model, ids))
+    assert torch.equal(logits_of(model, ids), clean)
     with pytest.raises(ValueError, match="how='mean': not a way to block experts; use one of zero, drop"):
         block_experts({}, "mean")
 
@@ -360,9 +360,15 @@ def test_no_edit_leaves_a_trace_after_an_exception_in_the_forward_pass(build, id
         logits_of(model, ids)
     heads = flags(parts, lambda layer: layer.n_heads, True)
     edits = [*(block_experts(marks, how) for how in HOW), replay(routing), block_heads(heads), block_ffn(), keep_top(1)]
+    zeros, every = {i: torch.zeros(1, 32) for i in marks}, torch.ones_like(ids, dtype=torch.bool)
     edits += [
         block_neurons({(1, USED): torch.ones(1, 1).bool()}),
         replace_experts(marks, {i: torch.zeros(99, 32) for i in marks}),
+        restore_experts(marks, zeros),
+        force_experts(some(parts, 1)),
+        block_attention(),
+        block_shared(flags(parts, lambda layer: len(layer.shared), True)),
+        replace_states({1: torch.zeros(*ids.shape, 32)}, {1: every}),
     ]
     hook = model.model.layers[2].register_forward_hook(lambda *_: {}["broken"])
     try:
@@ -378,3 +384,47 @@ def test_no_edit_leaves_a_trace_after_an_exception_in_the_forward_pass(build, id
             model, ids, block_experts({0: torch.zeros(len(ids) * ids.shape[1] + 1, parts.layers[0].n_experts).bool()})
         )
     assert torch.equal(logits_of(model, ids), clean)
+
+
+@every_moe
+def test_a_mean_over_no_prompt_reaches_nobody(build, ids, name):
+    """Experts that are not marked may have NaN as their mean."""
+    model = build(name)
+    parts, clean = anatomy.find(model), logits_of(model, ids)
+    nothing = {1: torch.full((parts.layers[1].n_experts, 32), torch.nan)}
+    none = {1: torch.zeros(1, parts.layers[1].n_experts, dtype=torch.bool)}
+    assert torch.equal(logits_of(model, ids, replace_experts(none, nothing)), clean)
+    of_tokens = {1: torch.full((ids.numel(), 32), torch.nan)}
+    assert torch.equal(logits_of(model, ids, restore_experts(none, of_tokens)), clean)
+
+
+def test_own_values_in_the_place_of_shared_experts_neurons_and_ffns_are_clean(build, ids):
+    model = build("qwen2_moe")
+    parts, clean = anatomy.find(model), logits_of(model, ids)
+    with torch.no_grad():
+        found, _ = capture.record(model, parts, ids, every_position=True)
+    acts = found["1.shared.0.acts"]
+    out = parts.layers[1].shared[0].down(acts).detach().unsqueeze(1)
+    shared = {1: torch.ones(len(acts), 1, dtype=torch.bool)}
+    torch.testing.assert_close(logits_of(model, ids, block_shared(shared, {1: out})), clean, **CLOSE)
+    neurons = {(1, -1): torch.ones_like(acts, dtype=torch.bool)}
+    assert torch.equal(logits_of(model, ids, block_neurons(neurons, {(1, -1): acts})), clean)
+    of_expert = torch.zeros(ids.numel(), found["1.expert_acts"].shape[-1])
+    token, slot = (found["1.expert_ids"] == USED).nonzero(as_tuple=True)
+    of_expert[token] = found["1.expert_acts"][token, slot]
+    routed = {(1, USED): torch.ones_like(of_expert, dtype=torch.bool)}
+    torch.testing.assert_close(logits_of(model, ids, block_neurons(routed, {(1, USED): of_expert})), clean, **CLOSE)
+    with pytest.raises(ValueError, match="layer 1: its FFN has 2 parts; replace them one by one"):
+        logits_of(model, ids, block_ffn({1: shared[1][:1, 0]}, {1: out[0]}))
+    dense = build("llama")
+    with torch.no_grad():
+        found, _ = capture.record(dense, anatomy.find(dense), ids, every_position=True)
+    ffn = {1: found["1.resid_post"] - found["1.resid_mid"]}
+    one = block_ffn({1: torch.ones(1, dtype=torch.bool)}, ffn)
+    torch.testing.assert_close(logits_of(dense, ids, one), logits_of(dense, ids), **CLOSE)
+
+
+def test_states_and_positions_of_different_shapes_are_refused(build, ids):
+    states, at = {1: torch.zeros(*ids.shape, 32)}, {1: torch.ones(1, ids.shape[1], dtype=torch.bool)}
+    with pytest.raises(ValueError, match="layer 1: states and positions of"):
+        logits_of(build("llama"), ids, replace_states(states, at))

@@ -124,3 +124,27 @@ def test_what_cannot_be_resumed_is_refused_in_a_sentence_and_left_as_it_was(mode
     with pytest.raises(resume.ResumeError, match=r"^(it|its) \w+"):
         resume.clean_run(model, parts, families.IDS)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fault_is_seen_beside_a_residual_dimension_of_huge_entries(monkeypatch, dtype):
+    """Trained models have entries that are a hundred times larger than the others, with small gains in the norms."""
+    model = families.build("olmoe").to(dtype)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 3] = 100 * model.model.embed_tokens.weight.std()
+        for norm in [model.model.norm, *(layer.input_layernorm for layer in model.model.layers)]:
+            norm.weight[3] = 0
+    parts = anatomy.find(model)
+    resume.clean_run(model, parts, families.IDS)
+    seen = resume._mask
+    monkeypatch.setattr(resume, "_mask", lambda *args: torch.zeros_like(seen(*args)))
+    with pytest.raises(resume.ResumeError, match="resumed with nothing changed, its final state changes by"):
+        resume.clean_run(model, parts, families.IDS)
+
+
+def test_attention_that_counts_its_keys_is_refused_for_many_variants():
+    """GPT-Neo's local attention makes its window from the number of keys."""
+    model = families.build("gpt_neo")
+    parts = anatomy.find(model)
+    with pytest.raises(resume.ResumeError):
+        resume.clean_run(model, parts, families.IDS, variants=200)

@@ -287,14 +287,16 @@ def test_p_counts_permutations_at_least_as_strong():
     x, y = (standardised(pd.DataFrame(rng.normal(size=(9, m)))) for m in (3, 2))
     y[:, 1] = torch.nan
     blocks = exchangeable(prompts, within=False)
-    r, p = correlations(x, y, blocks, 50, seed=1)
+    r, p, chance = correlations(x, y, blocks, 50, seed=1)
     draws, at_least = np.random.default_rng(1), np.zeros(3)
-    for _ in range(50):
+    for draw in range(50):
         order = np.arange(9)
         for block in blocks:
             order[block] = block[draws.permutation(len(block))]
         each = [np.corrcoef(x[order, i], y[:, 0])[0, 1] for i in range(3)]
         at_least += np.abs(each) >= np.abs(r[:, 0].numpy()) - 1e-6
+        if draw == 0:
+            assert chance[:, 0].tolist() == pytest.approx(each, abs=1e-6)
     assert p[:, 0].tolist() == pytest.approx((1 + at_least) / 51)
     assert r[:, 0].tolist() == pytest.approx([np.corrcoef(x[:, i], y[:, 0])[0, 1] for i in range(3)], abs=1e-6)
     assert r[:, 1].isnan().all()
@@ -320,8 +322,8 @@ def test_prompts_about_one_subject_do_not_count_as_many():
         standardised(pd.DataFrame(rng.normal(size=(20, 20))[subject] + 0.1 * rng.normal(size=(80, 20)))) for _ in "xy"
     )
     prompts = pd.DataFrame({"subject": subject, "relation": "r"})
-    _, whole = correlations(x, y, exchangeable(prompts, within=False), 200, seed=0)
-    _, single = correlations(x, y, [np.arange(80)[:, None]], 200, seed=0)
+    _, whole, _ = correlations(x, y, exchangeable(prompts, within=False), 200, seed=0)
+    _, single, _ = correlations(x, y, [np.arange(80)[:, None]], 200, seed=0)
     assert 0.02 < (whole < 0.05).float().mean() < 0.09
     assert (single < 0.05).float().mean() > 0.2
 
@@ -334,11 +336,11 @@ def test_what_relations_explain_is_gone_within_them():
     x = pd.DataFrame({"by relation": 3 * kind + rng.normal(size=80), "by prompt": shared + 3 * kind})
     y = pd.DataFrame({"by relation": 3 * kind + rng.normal(size=80), "by prompt": shared - 3 * kind})
     prompts = pd.DataFrame({"subject": np.arange(80), "relation": relation})
-    r, p = correlations(standardised(x), standardised(y), exchangeable(prompts, within=False), 500, seed=0)
+    r, p, _ = correlations(standardised(x), standardised(y), exchangeable(prompts, within=False), 500, seed=0)
     assert r[0, 0] > 0.5
     assert p[0, 0] == pytest.approx(1 / 501)
     blocks = exchangeable(prompts, within=True)
-    r, p = correlations(standardised(x, relation), standardised(y, relation), blocks, 500, seed=0)
+    r, p, _ = correlations(standardised(x, relation), standardised(y, relation), blocks, 500, seed=0)
     assert abs(r[0, 0]) < 0.3
     assert p[0, 0] > 0.02
     # The relation hides this one.

@@ -355,7 +355,7 @@ def test_overlap_against_brute_force():
                 assert (overlap["estimate"], jaccard["estimate"]) == pytest.approx(expected)
                 assert overlap["prompts"] == run["prompts"][scope].isin(pair).sum()
                 # Nothing but chance tells these apart.
-                assert overlap["low"] < overlap["shuffled_high"]
+                assert overlap["high"] > overlap["shuffled_low"]
     draws = np.array(list(brute_force_draws(run["prompts"], lambda prompts: overlaps(prompts, "task", ["t0", "t1"]))))
     mine = found[(found["scope"] == "task") & (found["positions"] == "readout")].set_index("metric")
     draws[:, 0] += mine["estimate"]["overlap"] - draws[:, 0].mean()
@@ -451,3 +451,16 @@ def test_figures_of_models_with_and_without_rows(name, seed):
     assert (drawn > 0) == (seed is not None)
     assert figure.texts[-1].get_text() == "a note"
     plt.close("all")
+
+
+def test_shuffles_keep_the_facts_of_a_subject_together_and_groups_apart():
+    rng = np.random.default_rng(0)
+    subjects, group = pd.Series(rng.integers(0, 12, 60)), np.sort(rng.integers(0, 3, 60))
+    orders = routing_tables._shuffles(subjects, group, 0)
+    assert len({tuple(order) for order in orders}) == len(orders)
+    for order in orders:
+        assert sorted(order) == list(range(60))
+        assert (group[order] == group).all()
+        runs = pd.DataFrame({"group": group, "subject": subjects.to_numpy()[order]})
+        changes = (runs != runs.shift()).any(axis=1).sum()
+        assert changes == len(runs.drop_duplicates())

@@ -56,7 +56,7 @@ def pairs():
     r = np.append(np.linspace(0, 1, 49) * np.resize([1, -1], 49), np.nan)
     q = np.where(np.arange(50) >= 39, 0.01, 0.5)
     frame = pd.DataFrame({"layer": 0, "head": np.arange(50), "expert_layer": 1, "expert": 2, "r": r, "p": q, "q": q})
-    frame = frame.assign(r_within=r / 2, p_within=q, q_within=1.0, prompts=4)
+    frame = frame.assign(r_within=r / 2, p_within=q, q_within=1.0, r_chance=r / 4, r_chance_within=r / 8, prompts=4)
     return pd.concat([frame.assign(what="gate"), frame.assign(what="lpi", r=-r)]).sample(frac=1, random_state=0)
 
 
@@ -160,11 +160,21 @@ def test_associations_by_hand():
     assert found["significant"] == pytest.approx(10 / 49)
     within = row(table, what="lpi", control="relation")
     assert within[["median", "largest", "significant"]].tolist() == pytest.approx([0.25, 0.5, 0.0])
+    assert found[["chance_p95", "chance_largest"]].tolist() == pytest.approx([0.95 / 4, 0.25])
+    assert within["chance_largest"] == pytest.approx(0.125)
+    # Ten of 49 pairs have the smallest p, .01.
+    assert found["least_q"] == pytest.approx(49 * 0.01 / 10)
     best = steering_tables.association_pairs(RUNS, BOOTSTRAP)
     gate = best[best["what"] == "gate"]
     assert gate["head"].tolist() == list(range(48, 28, -1))
     assert gate["r"].iloc[:2].tolist() == pytest.approx([1.0, -47 / 48])
     assert best["what"].value_counts().tolist() == [20, 20]
+
+
+def test_gates_without_heads_below_them_have_no_rows():
+    """A family whose attention blocks are one component has paths, and no gradients."""
+    none = RUN | {"gate_gradients": RUN["gate_gradients"].iloc[:0]}
+    assert steering_tables.gate_gradients({("facts", "hybrid"): none}, BOOTSTRAP).empty
 
 
 def test_head_map_by_hand():

@@ -193,7 +193,7 @@ def test_coalitions_are_the_best_by_single_restoration_on_the_other_half(run, na
             at = recording.positions[position]
             used = {(layer, e) for layer, ids in recording.chosen.items() for e in ids[at].flatten().tolist()}
             best = sorted(sorted(used), key=lambda place: -effect.get(place, 0.0))
-            sizes = [size for size in SETTINGS["coalitions"] if 2 * size <= len(used)]
+            sizes = [size for size in SETTINGS["coalitions"] if 3 * size <= len(used)]
             assert sorted(set(rows["size"][rows["position"] == position])) == sizes
             for row in rows[rows["position"] == position].itertuples():
                 expected = by_hand(model, recording, row.draw, position, "expert", best[: row.size])
