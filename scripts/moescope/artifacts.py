@@ -55,7 +55,7 @@ SCHEMAS = {
     "value_layers": 1,
     "readings": 1,
     "unknown": 1,
-    "blocking": 1,
+    "blocking": 2,
     "blocked_experts": 1,
     "keep_only": 1,
     "expert_map": 1,
