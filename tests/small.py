@@ -157,11 +157,3 @@ def planned(folder: Path, *arguments: str) -> dict[str, int]:
 def tables(folder: Path) -> dict[str, pd.DataFrame]:
     """The CSV tables of a run."""
     return {path.stem: pd.read_csv(path) for path in sorted((folder / "results/tables").glob("*.csv"))}
-
-
-def assert_same_tables(one: Path, other: Path) -> None:
-    first, second = tables(one), tables(other)
-    assert first.keys() == second.keys()
-    assert len(first) == 31
-    for name, table in first.items():
-        pd.testing.assert_frame_equal(table, second[name], check_exact=True, obj=name)

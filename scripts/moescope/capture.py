@@ -131,7 +131,8 @@ def rows(tokens: pd.DataFrame, answer: str) -> pd.DataFrame:
     else:
         accepted = [[]] * len(tokens) if answer == "argmax" else tokens["accepted_ids"]
         found = tokens[["prompt_id", "token_ids", "length"]].assign(step=np.int16(0), accepted_ids=accepted)
-    found = found.join(tokens.set_index("prompt_id")[["subject_start", "subject_end"]], on="prompt_id")
+    spans = tokens.set_index("prompt_id").reindex(columns=["subject_start", "subject_end"], fill_value=-1)
+    found = found.join(spans, on="prompt_id")
     return found.sort_values(["length", "prompt_id", "step"], kind="stable").reset_index(drop=True)
 
 

@@ -8,7 +8,8 @@ as tokens of one sequence that see the clean keys and values and themselves, but
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -84,10 +85,8 @@ def clean_run(
     handles = [layer.block.register_forward_pre_hook(before, with_kwargs=True) for layer in parts.layers]
     handles.append(parts.final_norm.module.register_forward_pre_hook(lambda module, args: final.append(args[0][:, -1])))
     try:
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    except REFUSALS as error:
-        _let_through(error)
-        raise ResumeError(f"it does not run with keys and values: {one_line(error)}") from error
+        with refusing("it does not run with keys and values"):
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
@@ -97,13 +96,9 @@ def clean_run(
     clean = CleanRun(tuple(states), final[-1], tuple(calls), cache, tuple(cast(Any, kept)))
     if not check:
         return clean
-    try:
-        again = at_readout(
-            parts, clean, [*[parts.layers[0].index] * variants, *(layer.index for layer in parts.layers)]
-        )
-    except REFUSALS as error:
-        _let_through(error)
-        raise ResumeError(f"its layers cannot be called one by one: {one_line(error)}") from error
+    with refusing("its layers cannot be called one by one"):
+        entries = [*[parts.layers[0].index] * variants, *(layer.index for layer in parts.layers)]
+        again = at_readout(parts, clean, entries)
     normed = parts.final_norm.module(clean.final)
     # Before the norm one very large entry would hide all the others.
     change = (parts.final_norm.module(again) - normed.unsqueeze(1)).abs().amax() / normed.abs().amax().clamp_min(1e-30)
@@ -112,10 +107,15 @@ def clean_run(
     return clean
 
 
-def _let_through(error: Exception) -> None:
-    """Memory that is not enough is no property of a model."""
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
+@contextmanager
+def refusing(sentence: str) -> Iterator[None]:
+    """What goes wrong in the block is a refusal, but for memory that is not enough: that is no property of a model."""
+    try:
+        yield
+    except REFUSALS as error:
+        if isinstance(error, torch.OutOfMemoryError | ResumeError):
+            raise
+        raise ResumeError(f"{sentence}: {one_line(error)}") from error
 
 
 def at_readout(parts: Anatomy, clean: CleanRun, entries: Sequence[int], *edits: Edit) -> Float[Tensor, "b v d_model"]:

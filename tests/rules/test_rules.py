@@ -91,6 +91,7 @@ def test_capture(run_rule, finished):
         "expert_weights",
         "expert_acts",
         "expert_load",
+        "subject_load",
         "shared.0.acts",
         "shared.0.gate",
     }
@@ -396,7 +397,7 @@ def test_every_rule_writes_its_log_and_benchmark(finished):
     by_rule = {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known", "attribute", "block_experts"}
     assert by_rule <= rules
     logs = list((finished / "results/logs").rglob("*.log"))
-    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 34
+    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 61
     verified = (finished / "results/logs/capture/facts/small-moe/0.log").read_text()
     assert "sum of heads = what attention adds to the residual stream" in verified
 

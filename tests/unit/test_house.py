@@ -47,7 +47,12 @@ def test_code_of_others_is_run_by_one_module_and_only_when_the_configuration_say
 
 
 @pytest.mark.parametrize(
-    "module", ["artifacts", "config", "facts", "logs", "plots", "published", "sources", "stats", "tables"]
+    "module",
+    [
+        *["artifacts", "config", "facts", "logs", "plots", "published", "sources", "stats", "tables", "summaries"],
+        *["cause_tables", "steering_tables", "routing_tables", "drawing", "cause_plots", "steering_plots"],
+        *["routing_plots"],
+    ],
 )
 def test_light_modules_do_not_import_torch(module):
     """A rule that needs no torch must not pay for it: only imports for type checkers may name it."""

@@ -370,6 +370,7 @@ def test_no_edit_leaves_a_trace_after_an_exception_in_the_forward_pass(build, id
         block_shared(flags(parts, lambda layer: len(layer.shared), True)),
         replace_states({1: torch.zeros(*ids.shape, 32)}, {1: every}),
     ]
+    hooks = [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()]
     hook = model.model.layers[2].register_forward_hook(lambda *_: {}["broken"])
     try:
         for edit in edits:
@@ -378,7 +379,7 @@ def test_no_edit_leaves_a_trace_after_an_exception_in_the_forward_pass(build, id
     finally:
         hook.remove()
     assert torch.equal(logits_of(model, ids), clean)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()] == hooks
     with pytest.raises(ValueError, match="tokens do not divide into"):
         logits_of(
             model, ids, block_experts({0: torch.zeros(len(ids) * ids.shape[1] + 1, parts.layers[0].n_experts).bool()})

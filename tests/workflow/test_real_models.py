@@ -24,18 +24,30 @@ CONFIG = {
     },
     "blocking": {"top": [1], "random_draws": 2},
     "keep_only": {"top": [1]},
+    "head_blocking": {"top": [1], "random_draws": 2},
+    "gate_gradients": {"prompts": 5, "steps": 4},
+    "associations": {"permutations": 20},
+    "tracing": {"n_prompts": 5, "draws": 1, "coalitions": [1]},
     "statistics": {"bootstrap_draws": 100},
     "batch_size": 8,
 }
 # Every layer but the first has experts.
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
-SUMMARIES = {"summarise_attribution", "summarise_neurons", "summarise_interventions"}
-NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
-OF_THE_MOE = {
-    *["capture", "gather_prompts", "filter_known", "attribute", "block_experts", "keep_only"],
-    *NEURONS,
-    *SUMMARIES,
+SUMMARIES = {
+    f"summarise_{name}" for name in ("attribution", "neurons", "heads", "interventions", "steering", "routing")
 }
+NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
+HEADS = {"sweep_heads", "block_heads", "trace_causes"}
+EXPERTS = {"block_experts", "keep_only", "map_experts", "trace_gates"}
+ROUTING = {"analyse_routing", "attribute_routers"}
+OF_THE_MOE = (
+    {"capture", "gather_prompts", "filter_known", "attribute"} | NEURONS | HEADS | EXPERTS | ROUTING | SUMMARIES
+)
+OF_ALL = {
+    *["efficiency", "stages", "gains", "heads", "neurons", "concentration", "additivity", "relation_neurons"],
+    *["unit_readings", "queries", "head_map", "head_blocking", "tracing"],
+}
+"""Tables that dense models have rows in; of head_blocking and tracing some columns are theirs alone."""
 
 
 def checkpoint(folder, tokenizer, architecture, dtype="float32", **settings):
@@ -112,12 +124,12 @@ def test_the_prompts_are_those_of_the_relations_asked_for(real):
 
 def test_the_tables_have_every_model_and_only_layers_with_experts(real):
     tables = small.tables(real)
-    assert len(tables) == 15
+    assert len(tables) == 31
     for name, table in tables.items():
-        with_experts = name in ("experts", "expert_curves", "near_ties", "blocking", "keep_only")
-        assert set(table["model"]) == {"moe", "hub"} | (set() if with_experts else {"dense"}), name
-        assert not table.isna().drop(columns="minus", errors="ignore").any(axis=None), name
-    for name in ("experts", "near_ties"):
+        assert set(table["model"]) == {"moe", "hub"} | ({"dense"} if name in OF_ALL else set()), name
+        estimates = [column for column in ("estimate", "low", "high", "prompts", "subjects") if column in table]
+        assert not table[estimates].isna().any(axis=None), name
+    for name in ("experts", "near_ties", "expert_map", "mutual_information"):
         assert set(tables[name]["layer"]) == {1, 2}
     assert set(tables["heads"]["layer"]) == {0, 1, 2}
     efficiency = tables["efficiency"].fillna("")
@@ -249,8 +261,8 @@ def test_the_models_of_the_paper_are_planned_as_configured(tmp_path):
         model, asked = re.search(r"model=([\w.-]+)", body), re.search(r"gpu=(\d)", body)
         if asked:
             gpus.setdefault(model[1], []).append((rule, int(asked[1])))
-    dense = [("attribute_queries", 1), *[("capture", 1)] * 4]
-    moe = sorted([*dense, ("block_experts", 1), ("keep_only", 1)])
+    dense = sorted([("attribute_queries", 1), *[("capture", 1)] * 4, *((rule, 1) for rule in HEADS)])
+    moe = sorted([*dense, *((rule, 1) for rule in EXPERTS)])
     assert {model: sorted(asked) for model, asked in gpus.items()} == {
         **dict.fromkeys(("qwen-moe", "olmoe"), moe),
         **dict.fromkeys(("qwen-7b", "llama-7b", "mistral-7b"), dense),
@@ -258,8 +270,8 @@ def test_the_models_of_the_paper_are_planned_as_configured(tmp_path):
     }
     assert "mem_mb=128000" in text
     counted = pd.Series([rule for rule, _ in jobs]).value_counts().to_dict()
-    each = dict.fromkeys(("describe_model", "gather_prompts", "filter_known", "attribute", *NEURONS), 6)
-    each |= {"capture": 24, "block_experts": 3, "keep_only": 3, "write_dataset": 1}
+    each = dict.fromkeys(("describe_model", "gather_prompts", "filter_known", "attribute", *NEURONS, *HEADS), 6)
+    each |= {"capture": 24, "write_dataset": 1} | dict.fromkeys(EXPERTS | ROUTING, 3)
     assert counted.items() >= (each | dict.fromkeys(SUMMARIES, 1)).items()
     assert set(counted) - each.keys() - SUMMARIES == {"all", *(name for name in counted if name.startswith("plot_"))}
 
