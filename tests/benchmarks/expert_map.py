@@ -238,12 +238,13 @@ def measure_ratios(models):
     print("## Ratios\n")
     say(
         f"""Naive blocking runs a full forward pass of all prompts of {LENGTH} tokens for every expert of the model, in
-        one batch; after the first pair it is timed on one expert in {PART} and multiplied. The map measures the experts
-        that each prompt uses (used: a share of all). Differences of log-probabilities (nats) are those of all rows of
-        the map. Prompts with one above {EQUAL:.0e} are run again in float64, all rows of theirs: what is left there is
-        the method's, the rest is rounding, which near ties of a router enlarge. Tokens are those that layers are called
-        with: what naive blocking computes beside the map. No ratio can be much larger; with all positions blocked most
-        tokens of a prompt see a blocked one, and in the layers above all of those are computed for each expert."""
+        one batch; after the first pair it is timed on one expert in {PART} and multiplied. The map measures the
+        experts that each prompt uses (used: a share of all). Differences of log-probabilities (nats) are those of all
+        rows of the map. Prompts with one above {EQUAL:.0e} are run again in float64, all rows of theirs: what is left
+        there is the method's, the rest is rounding, which near ties of a router enlarge. Tokens are those that layers
+        are called with: what naive blocking computes beside the map. No ratio can be much larger; with all positions
+        blocked most tokens of a prompt see a blocked one, and in the layers above all of those are computed for each
+        expert."""
     )
     rows = []
     for shape, (model, parts, prompts) in models.items():
