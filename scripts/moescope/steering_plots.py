@@ -91,7 +91,10 @@ def head_router(tables: Tables, models: Sequence[str], note: str) -> Figure:
 
 
 def head_blocking(tables: Tables, models: Sequence[str], note: str) -> Figure:
-    """MRR and gate probability against the number of heads blocked: best and random ones, and clean experts forced."""
+    """MRR and gate probability against the number of heads blocked: best and random ones, and clean experts forced.
+
+    A dense model has no gate probability, and its panel is bare.
+    """
     table = tables["head_blocking"]
     table = table[table["scope"] == "all"]
     labels = {"mrr": "MRR", "gate_prob": "gate probability"}
@@ -100,6 +103,9 @@ def head_blocking(tables: Tables, models: Sequence[str], note: str) -> Figure:
         for name, axes in panels.items():
             model, metric = chosen[name]
             rows = table[table["model"] == model].sort_values("n_blocked")
+            if rows[f"{metric}_clean"].isna().all():
+                axes.set_axis_off()
+                continue
             clean = rows.iloc[:1].assign(n_blocked=0)
             for end in ("", "_low", "_high"):
                 names = [f"{metric}_blocked{end}", f"{metric}_random{end}", f"mrr_forced{end}"]

@@ -127,8 +127,11 @@ def test_the_tables_have_every_model_and_only_layers_with_experts(real):
     assert len(tables) == 31
     for name, table in tables.items():
         assert set(table["model"]) == {"moe", "hub"} | ({"dense"} if name in OF_ALL else set()), name
-        estimates = [column for column in ("estimate", "low", "high", "prompts", "subjects") if column in table]
-        assert not table[estimates].isna().any(axis=None), name
+        # Of untrained models noise takes nothing away that could come back, and some pairs of experts never meet.
+        counted = ["prompts", "subjects"]
+        estimates = [] if name in ("tracing", "coactivation") else ["estimate", "low", "high"]
+        shown = [column for column in (*estimates, *counted) if column in table]
+        assert not table[shown].isna().any(axis=None), name
     for name in ("experts", "near_ties", "expert_map", "mutual_information"):
         assert set(tables[name]["layer"]) == {1, 2}
     assert set(tables["heads"]["layer"]) == {0, 1, 2}
