@@ -244,8 +244,8 @@ apart; where a block cannot be, it is one component, and the note says why. What
 give; the experts backends eager, batched_mm and grouped_mm record the same to 1e-5; blocking experts that no token uses
 changes nothing, nor does any way of blocking with nothing to block, or a replay of the routing, bit for bit; blocking
 all experts and shared ones is blocking the FFN. Where clean runs can be resumed at the readout position, maps of every
-expert and head cost a few forward passes a prompt; elsewhere they take full ones. The tests measure all of this again
-and compare this page:
+head start there, and so do maps of every expert unless a norm follows the experts; elsewhere they take full forward
+passes. The tests measure all of this again and compare this page:
 `PYTHONPATH=scripts:tests python tests/families.py > config/MODELS.md` writes it.
 
 ## With experts

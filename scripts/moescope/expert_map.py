@@ -37,8 +37,6 @@ MAX_STATES = 2**18
 """Numbers in the states of the tokens that are computed together."""
 BLOCK = 32
 """Tokens that are one sequence for the attention."""
-READ = 256
-"""States that are read out together: fresh memory for the logits of more costs more than the arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +167,14 @@ def resumed(
         ends = group.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
         for variants in (every.of(slice(*pair)) for pair in zip([0, *ends], ends, strict=False)):
             states, variant, row = final_states(parts, begin, variants)
-            frames.append(_frame(row, *_read(parts, states, target[row])).join(_names(parts, variants, variant, where)))
-    clean = _frame(torch.arange(len(ids)), *_read(parts, begin.run.final, target))
+            frames.append(
+                _frame(row, *log_probs_and_ranks(parts, states, target[row].to(states.device))).join(
+                    _names(parts, variants, variant, where)
+                )
+            )
+    clean = _frame(
+        torch.arange(len(ids)), *log_probs_and_ranks(parts, begin.run.final, target.to(begin.run.final.device))
+    )
     return clean, pd.concat(frames, ignore_index=True)
 
 
@@ -430,12 +434,6 @@ def _names(parts: Anatomy, variants: Variants, variant: Int[Tensor, " r"], where
 
 def _frame(row: Int[Tensor, " r"], log_prob: Float[Tensor, " r"], rank: Int[Tensor, " r"]) -> pd.DataFrame:
     return pd.DataFrame({"row": row, "rank": rank.cpu().int(), "log_prob": log_prob.cpu()})
-
-
-def _read(parts: Anatomy, states: Float[Tensor, "r d_model"], target: Int[Tensor, " r"]) -> list[Tensor]:
-    pieces = zip(states.split(READ), target.to(states.device).split(READ), strict=True)
-    scores = [log_probs_and_ranks(parts, *piece) for piece in pieces]
-    return [torch.cat(column) for column in zip(*scores, strict=True)]
 
 
 def _scores(logits: Float[Tensor, "r vocab"], target: Int[Tensor, " r"]) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ from moescope.intervene import Edit, intervene
 from moescope.models import MAX_LOGITS, Anatomy
 from moescope.stats import ranks
 
+READ = 256
+"""States that are read out together: fresh memory for the logits of more costs more than the arithmetic."""
 REFUSALS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
@@ -149,7 +151,7 @@ def log_probs_and_ranks(
     """Log-probability (float32, nats) and rank of a target for each final residual state, as the model reads it out."""
     vocabulary = len(cast(Tensor, parts.unembedding.weight))
     found = []
-    for x, w in zip(*(t.split(max(1, MAX_LOGITS // vocabulary)) for t in (states, target)), strict=True):
+    for x, w in zip(*(t.split(max(1, min(READ, MAX_LOGITS // vocabulary))) for t in (states, target)), strict=True):
         logits = parts.unembedding(parts.final_norm.module(x)).float() * parts.logit_scale
         logits = parts.softcap * torch.tanh(logits / parts.softcap) if parts.softcap else logits
         w = w.to(logits.device)
