@@ -16,6 +16,7 @@ made_by = artifacts.provenance(settings, code, sources=[artifacts.names(source) 
 
 folder = Path(snakemake.output[0]).parent
 bootstrap = tables.Bootstrap(**settings["statistics"], seed=settings["seed"])
-for name, table in tables.tables(settings["tables"], runs, settings["partners"], bootstrap, settings["published"]):
+of = (settings["tables"], runs, settings["partners"], bootstrap, settings["published"], settings["expert_share"])
+for name, table in tables.tables(*of):
     artifacts.write_table(table, folder / f"{name}.parquet", "table", made_by)
     artifacts.write_csv(table, folder / f"{name}.csv")

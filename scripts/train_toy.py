@@ -9,15 +9,20 @@ from moescope import artifacts, checkpoints, logs, toy
 
 logs.to_file_and_terminal(snakemake.log[0])
 settings, dataset = snakemake.params.settings, snakemake.input.dataset[0]
-folder = Path(snakemake.output[0]).parent
+folder, shape = Path(snakemake.output[0]).parent, dict(settings["toy"])
+steps = settings["checkpoints"]
+seed, load_balancing = shape.pop("seed"), shape.pop("load_balancing", toy.Recipe.load_balancing)
 
 report = toy.train(
-    toy.Shape(**{key: value for key, value in settings["toy"].items() if key != "seed"}),
+    toy.Shape(**shape),
     artifacts.read_table(dataset, "dataset"),
     folder=folder,
-    seed=settings["toy"]["seed"],
-    recipe=replace(toy.Recipe(), epochs=settings["toy_training"]["epochs"]),
+    seed=seed,
+    recipe=replace(toy.Recipe(), epochs=settings["toy_training"]["epochs"], load_balancing=load_balancing),
     name=settings["model"],
+    checkpoints=steps,
 )
+(folder / "checkpoints").mkdir(exist_ok=True)
 logging.info("trained: %s", {key: report[key] for key in ("hit10", "mrr", "mrr_without", "cpu_seconds")})
-artifacts.write_text(json.dumps(checkpoints.describe(folder, source="toy"), indent=2), folder / "model.json")
+for place in [*(folder / "checkpoints" / name for name in steps), folder]:
+    artifacts.write_text(json.dumps(checkpoints.describe(place, source="toy"), indent=2), place / "model.json")

@@ -30,6 +30,7 @@ SMALL = {
                 "shared_width": 32,
             },
             "dense_partner": "small-dense",
+            "checkpoints": {"early": 5},
         },
         "small-dense": {"toy": {"architecture": "qwen2", "layers": 3, "ffn_width": 64}},
     },
@@ -41,6 +42,8 @@ SMALL = {
     "gate_gradients": {"prompts": 10, "steps": 4},
     "associations": {"permutations": 50},
     "tracing": {"n_prompts": 12, "draws": 1, "coalitions": [2]},
+    "utilization": {"share": 0.02},
+    "masking": {"shares": [0.02], "experts": [1], "random_draws": 2},
     "statistics": {"bootstrap_draws": 100},
 }
 # Li et al. 2025 (preset ka): for each relation LRE's folder, a template, and some of its facts.

@@ -175,7 +175,7 @@ def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def _is_states(x: Any) -> bool:
     """Floating-point values for each of the probe's tokens."""
-    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (2, 3) and x[..., 0].numel() == PROBE
+    return isinstance(x, Tensor) and x.is_floating_point() and x.ndim in (2, 3) and x.shape[:-1].numel() == PROBE
 
 
 def _stack(root: Call, hidden: int, name: str) -> list[Call]:

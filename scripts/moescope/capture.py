@@ -169,7 +169,7 @@ def record(
         choices = hooks.enter_context(_Choices())
         for layer in parts.layers:
             hooks.enter_context(_tap_layer(layer, n, found, choices))
-        hooks.enter_context(_on_input(parts.final_norm.module, lambda x: found.update(resid_final=_last(x, n))))
+        hooks.enter_context(on_input(parts.final_norm.module, lambda x: found.update(resid_final=_last(x, n))))
         logits = readout_logits(model, ids)
     found["norm_scale"] = parts.final_norm.scale(found["resid_final"])
     for layer in parts.layers:
@@ -182,7 +182,7 @@ def record(
             logit = found.pop(f"{at}shared.{i}.gate_logit", None)
             gate = acts.new_ones(len(acts)) if logit is None else logit.sigmoid().squeeze(-1)
             found[f"{at}shared.{i}.gate"] = gate
-        for name, path in _paths(layer):
+        for name, path in paths(layer):
             if path.norms:
                 found[at + name] = reduce(torch.mul, (n.scale(found[f"{at}norm.{id(n)}"]) for n in path.norms))
         if layer.middle is None:
@@ -285,7 +285,7 @@ def of_layer(found: Mapping[str, Tensor], layer: Layer) -> dict[str, Tensor]:
     return {name.removeprefix(at): tensor for name, tensor in found.items() if name.startswith(at)}
 
 
-def _paths(layer: Layer) -> Iterator[tuple[str, Path]]:
+def paths(layer: Layer) -> Iterator[tuple[str, Path]]:
     """Each part of a layer: the name of its post-norms' scale, and its path."""
     if layer.attention is not None:
         yield "attention_scale", layer.attention.path
@@ -396,7 +396,7 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor], choices: _Cho
             outputs.append((shared.gate, partial(last, f"shared.{i}.gate_logit")))
     for i, (module, _) in enumerate(layer.whole_ffn):
         outputs.append((module, partial(last, f"whole.{i}.out")))
-    norms = {id(norm): norm for _, path in _paths(layer) for norm in path.norms}
+    norms = {id(norm): norm for _, path in paths(layer) for norm in path.norms}
     inputs += [(norm.module, partial(last, f"norm.{key}")) for key, norm in norms.items()]
     with ExitStack() as hooks:
         if layer.experts is not None:
@@ -406,9 +406,9 @@ def _tap_layer(layer: Layer, batch: int, found: dict[str, Tensor], choices: _Cho
                 logits = partial(_last_of_width, layer.n_experts, partial(last, "router_logits"))
                 hooks.callback(layer.experts.router.register_forward_hook(logits).remove)
         for module, see in inputs:
-            hooks.enter_context(_on_input(module, see))
+            hooks.enter_context(on_input(module, see))
         for module, see in outputs:
-            hooks.enter_context(_on_output(module, see))
+            hooks.enter_context(on_output(module, see))
         yield
 
 
@@ -424,7 +424,7 @@ def _last_of_width(width: int, see: Callable[[Tensor], None], module: nn.Module,
 
 
 @contextmanager
-def _on_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+def on_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
     """Show the first tensor of numbers that each call of `module` gets to `see`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -438,7 +438,7 @@ def _on_input(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None
 
 
 @contextmanager
-def _on_output(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
+def on_output(module: nn.Module, see: Callable[[Tensor], None]) -> Iterator[None]:
     """Show the output of each call of `module`, or the first of several, to `see`."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

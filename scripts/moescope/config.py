@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
+from moescope import texts
 from moescope.facts import FactsError, Relation, did_you_mean, load_relations, malformed
 from moescope.sources import PRESETS, SUFFIXES, check
 
@@ -34,9 +35,12 @@ LOADED = (".safetensors", ".json", ".model", ".txt", ".tiktoken", ".jinja", ".py
 WRITTEN = {
     "": "is not a usable name: it becomes part of a path; start with a letter or digit and use only letters, digits,"
     " '-' and '_'",
+    "checkpoints": "is not a usable name of a checkpoint: it becomes part of a path; use only letters, digits, '.', '-'"
+    " and '_'",
     "hub": "is not the name of a repository of the hub; write it as owner/name",
     "max_memory": "is neither a device (the number of a GPU, or cpu) nor a size (such as 40GiB); mend it",
 }
+SEEDS = (0, 1, 2)
 MOE_ARCHITECTURES = ("qwen2_moe", "olmoe", "mixtral")
 
 
@@ -56,6 +60,7 @@ def resolve(
     `source` names the file that the sentences point to. Raises ConfigError with every error of the
     configuration and of all fact files that it leads to.
     """
+    raw, hidden = _with_families(raw, {path[:2] for path, _ in schema_errors(raw, schema)})
     found = schema_errors(raw, schema)
     config = with_defaults(raw, schema)
     broken = {path[:2] for path, _ in found}
@@ -68,6 +73,9 @@ def resolve(
         # YAML reads the number of a GPU as a number.
         model["max_memory"] = {str(device): size for device, size in model["max_memory"].items()}
     errors = [f"{source}: {sentence}" for sentence in [*(s for _, s in found), *cross_errors(config, broken)]]
+    errors += [f"{source}: {sentence}" for sentence in hidden]
+    for name, text in _entries(config, "texts", broken).items():
+        errors += [f"texts.{name}: {sentence}" for sentence in _text_errors(text)]
     tasks = config["tasks"] if ("tasks",) not in broken else schema["properties"]["tasks"]["default"]
     relations = {}
     for name, dataset in _entries(config, "datasets", broken).items():
@@ -117,8 +125,8 @@ def with_defaults(value: Any, schema: Mapping[str, Any]) -> Any:
 
 
 def source_files(dataset: Mapping[str, Any], fetched: Path) -> list[Path]:
-    """The files that a data set is read from: its own, or those that were fetched into the folder `fetched`."""
-    if dataset["format"] == "facts":
+    """The files that a data set or a text task is read from: its own, or those fetched into the folder `fetched`."""
+    if dataset.get("format") == "facts":
         return fact_files(dataset)
     if "hub" in dataset:
         return [fetched]
@@ -135,6 +143,21 @@ def _visible(folder: Path, suffixes: Collection[str], pattern: str = "**/*") -> 
     """Files of these kinds in a folder, but in no hidden one, such as that of git."""
     found = [path for path in folder.glob(pattern) if path.suffix.lower() in suffixes and path.is_file()]
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def family_members(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The models of the families: by name, its family, its variant, its seed, and its toy shape."""
+    return {
+        f"{family}-{variant}-{seed}": {
+            "family": family,
+            "variant": variant,
+            "seed": seed,
+            "toy": {**of["base"], **replaced, "seed": seed},
+        }
+        for family, of in config.get("families", {}).items()
+        for variant, replaced in of["variants"].items()
+        for seed in of.get("seeds", SEEDS)
+    }
 
 
 def wanted_relations(dataset: Mapping[str, Any]) -> list[str]:
@@ -171,6 +194,8 @@ def cross_errors(config: Mapping[str, Any], broken: Collection[tuple[str, ...]])
             yield f"{section}: {name!r} is not text; write the name in quotes, or choose another one"
     for name, dataset in datasets.items():
         yield from (f"datasets.{name}{sentence}" for sentence in _dataset_errors(dataset))
+    for name in sorted(set(map(str, _entries(config, "texts", broken))) & set(map(str, datasets))):
+        yield f"texts.{name}: is also the name of a data set; choose another name"
     names = {section: config[section] if isinstance(config.get(section), Mapping) else None for section in SECTIONS}
     learned = config["toy_training"].get("dataset") if isinstance(config["toy_training"], Mapping) else None
     toys = any("toy" in model for model in models.values())
@@ -207,6 +232,20 @@ def cross_errors(config: Mapping[str, Any], broken: Collection[tuple[str, ...]])
                     yield f"{here}: '{partner}' has {what} {theirs[what]}, '{name}' has {mine}; a pair must agree"
 
 
+def _with_families(raw: Mapping[str, Any], broken: Collection[tuple[str, ...]]) -> tuple[Mapping[str, Any], list[str]]:
+    """With the models of the families that the schema accepts among the models; which of them hide another one."""
+    if not isinstance(raw.get("families"), Mapping) or not isinstance(raw.get("models", {}), Mapping):
+        return raw, []
+    sound = {name: of for name, of in raw["families"].items() if not {("families",), ("families", name)} & set(broken)}
+    members, models = family_members({"families": sound}), raw.get("models", {})
+    hidden = [
+        f"families.{members[name]['family']}: its model '{name}' is also one of models; rename one"
+        for name in members
+        if name in models
+    ]
+    return {**raw, "models": {**models, **{name: {"toy": of["toy"]} for name, of in members.items()}}}, hidden
+
+
 def _has_kind(model: Mapping[str, Any]) -> bool:
     return "toy" in model or "kind" in model
 
@@ -223,6 +262,8 @@ def _model_errors(model: Mapping[str, Any]) -> Iterator[str]:
         yield f".folder: '{model['folder']}' is not a folder; mend the path, which is relative to the working directory"
     if model["revision"] != "main" and "hub" not in model:
         yield ".revision: only a model of the hub has one; remove it"
+    if model["checkpoints"] and "folder" in model:
+        yield ".checkpoints: a folder holds one state of a model; give a hub model, or a toy, or remove the key"
     if model["gpus"] > 1 and model["device"] == "cuda":
         yield f".gpus: {model['gpus']} asked for, but device cuda is one GPU; set device to auto, or remove gpus"
     if model["max_memory"] and model["device"] != "auto":
@@ -255,6 +296,20 @@ def _dataset_errors(dataset: Mapping[str, Any]) -> Iterator[str]:
                 yield f".relations: '{relation}' is not a usable name of a fact file; use letters, digits, '-' and '_'"
 
 
+def _text_errors(text: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a text task, as far as it is here already."""
+    if ("path" in text) + ("hub" in text) != 1:
+        return [f"{'both path and hub' if 'path' in text else 'no path'} given; give path or hub"]
+    if "hub" in text:
+        return texts.check(None, text["prompt"], text["response"], text["task"])
+    found = [
+        f"{key}: only a data set of the hub has one; remove it"
+        for key, default in (("revision", "main"), ("files", "*"))
+        if text[key] != default
+    ]
+    return found + texts.check(Path(text["path"]), text["prompt"], text["response"], text["task"])
+
+
 def _public_errors(dataset: Mapping[str, Any]) -> list[str]:
     """What is wrong with the files of a public data set that are here already."""
     if "path" not in dataset or any(_dataset_errors(dataset)):
@@ -273,9 +328,8 @@ def _shape_errors(toy: Mapping[str, Any]) -> Iterator[str]:
     for key in DENSE_SHAPE if moe else (*MOE_SHAPE, "shared_width"):
         if toy.get(key):
             yield f"{key}: {architecture} is {'a Mixture-of-Experts model' if moe else 'dense'} and has none; remove it"
-    if moe and bool(toy["shared_width"]) != (architecture == "qwen2_moe"):
-        has = "always has a shared expert; give its width" if architecture == "qwen2_moe" else "has none; set it to 0"
-        yield f"shared_width: is {toy['shared_width']}, but {architecture} {has}"
+    if moe and toy["shared_width"] and architecture != "qwen2_moe":
+        yield f"shared_width: is {toy['shared_width']}, but {architecture} has none; set it to 0"
     if moe and toy.get("experts_per_token", 0) > toy.get("experts", 0) > 0:
         yield f"experts_per_token: {toy['experts_per_token']} is more than the {toy['experts']} experts"
 
@@ -305,9 +359,9 @@ def _sentences(error: ValidationError) -> Iterator[str]:
             yield f"{at}{value} must be {'more' if error.validator == 'exclusiveMinimum' else 'less'} than {wanted}"
         case "pattern":
             key = str(error.absolute_path[2]) if len(error.absolute_path) > 2 else ""
-            yield f"{at}'{value}' {WRITTEN[key]}"
+            yield f"{at}'{value}' {WRITTEN.get(key, WRITTEN[''])}"
         case "not":
-            yield f"{at}'{value}' is the name of a folder of results; choose another name"
+            yield f"{at}'{value}' has a meaning of its own in the folder of results; choose another name"
         case "minItems" | "minProperties":
             yield f"{at}empty; give at least {wanted}"
         case "minLength":

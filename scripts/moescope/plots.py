@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from moescope import cause_plots, routing_plots, steering_plots
+from moescope import cause_plots, masking_plots, routing_plots, steering_plots, training_plots, utilization_plots
 from moescope.artifacts import replacing
 from moescope.drawing import (
     BLOCKS,
@@ -198,6 +198,9 @@ FIGURES: Mapping[str, Callable[[Tables, Sequence[str], str], Figure]] = {
     **cause_plots.FIGURES,
     **steering_plots.FIGURES,
     **routing_plots.FIGURES,
+    **utilization_plots.FIGURES,
+    **masking_plots.FIGURES,
+    **training_plots.FIGURES,
     "neurons": neurons,
     "concentration": concentration,
     "expert_curves": expert_curves,
@@ -223,6 +226,8 @@ def note(
     which = "" if len(found) == len(models) else f" ({', '.join(found)})"
     what = f"Toy-sized models, trained here{which}: findings about toy models.\n" if found else ""
     drawn = f"; intervals: {confidence:.0%} bootstrap over subjects, {bootstrap_draws:,} draws, seed {seed}"
+    if "seeds" in table:
+        drawn = f"; intervals: {confidence:.0%}, Student's t over seeds of training"
     has_intervals = any(column.endswith("low") for column in table)
     return f"{what}{n:,} prompts about {subjects:,} subjects{drawn if has_intervals else ''}."
 

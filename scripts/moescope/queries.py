@@ -385,7 +385,7 @@ def _record(
 
     with ExitStack() as hooks:
         embedding = cast(nn.Module, model.get_input_embeddings())
-        hooks.enter_context(capture._on_output(embedding, lambda x: seen.update(embedding=x.flatten(0, 1).cpu())))
+        hooks.enter_context(capture.on_output(embedding, lambda x: seen.update(embedding=x.flatten(0, 1).cpu())))
         for (layer, *_), reader in readers.items():
             if reader.pattern is not None:
                 hooks.callback(reader.pattern.register_forward_hook(partial(see_pattern, layer)).remove)

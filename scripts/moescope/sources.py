@@ -102,12 +102,12 @@ def read(
 
     Raises FactsError with the sentences of `check`, else with one for each record that cannot be read (20 at most).
     """
-    _refuse(check(format, path, relations=relations, columns=columns))
+    refuse(check(format, path, relations=relations, columns=columns))
     notes = Notes(Counter(), [])
     records: list[Record] = []
     known: dict[str, None] = {}
     for where, raw in _raw_records(format, path, relations, notes):
-        with _noted(where, notes):
+        with noted(where, notes):
             fields = _in_our_words(format, raw, columns)
             relation = _clean(fields.get("relation", name), Counter())
             known[relation] = None
@@ -126,7 +126,7 @@ def read(
         notes.errors.append(f"{path}: relation '{relation}' stands in {tasks[relation]} tasks; give each relation one")
     if not notes.errors and not records:
         notes.errors.append(f"{path}: no fact in it has a subject, an object and a prompt; give a data set with facts")
-    _refuse(notes.errors)
+    refuse(notes.errors)
     table = _table(records, list(dict.fromkeys(relations)) or list(known), notes.counts)
     return table, {key: count for key, count in notes.counts.items() if count}
 
@@ -150,14 +150,31 @@ def check(format: str, path: Path, *, relations: Sequence[str] = (), columns: Ma
         files = _relation_files(format, path, notes)
         notes.errors.extend(_unknown(path, relations, files) if files else [])
     else:
-        for file in _table_files(path, notes):
-            found = len(notes.errors)
-            header = _header(file, notes)
-            if header:
-                notes.errors.extend(_header_errors(format, file, header, columns))
-            elif len(notes.errors) == found:
-                notes.errors.append(f"{file}: holds no record; give a file with facts")
+        for file, header in headers(path, notes).items():
+            notes.errors.extend(_header_errors(format, file, header, columns))
     return notes.errors
+
+
+def headers(path: Path, notes: Notes) -> dict[Path, list[str]]:
+    """The names of the columns of a table file, or of each file of a folder of them, looked at as in `check`.
+
+    What cannot be read, or holds no record, is left out and noted.
+    """
+    found: dict[Path, list[str]] = {}
+    for file in _table_files(path, notes):
+        errors = len(notes.errors)
+        header = _header(file, notes)
+        if header:
+            found[file] = header
+        elif len(notes.errors) == errors:
+            notes.errors.append(f"{file}: holds no record; give a file with facts or texts")
+    return found
+
+
+def records(path: Path, notes: Notes) -> Raw:
+    """The records of a table file, or of a folder of such files of one kind, in the order of their names."""
+    for file in _table_files(path, notes):
+        yield from _rows(file, notes)
 
 
 def fetch(repo: str, revision: str, files: str, folder: Path) -> str:
@@ -213,20 +230,19 @@ def _raw_records(format: str, path: Path, relations: Sequence[str], notes: Notes
         for relation in dict.fromkeys(relations or files):
             yield from reader(relation, files[relation], notes)
     else:
-        for file in _table_files(path, notes):
-            yield from _rows(file, notes)
+        yield from records(path, notes)
 
 
 def _lre(relation: str, files: Sequence[Path], notes: Notes) -> Raw:
     [file] = files
-    with _noted(file, notes):
+    with noted(file, notes):
         data = json.loads(file.read_text(encoding="utf-8-sig"))
         keys = ("prompt_templates", "samples")
         if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in keys):
             raise FactsError(["not a relation of LRE; it needs the lists 'prompt_templates' and 'samples'"])
         templates = []
         for template in data["prompt_templates"]:
-            with _noted(file, notes):
+            with noted(file, notes):
                 templates.append(_halves(_clean(template, notes.counts)))
         properties = data.get("properties")
         kind = properties.get("relation_type") if isinstance(properties, dict) else None
@@ -239,7 +255,7 @@ def _pararel(relation: str, files: Sequence[Path], notes: Notes) -> Raw:
     patterns, facts = files
     templates = []
     for where, raw in _rows(patterns, notes):
-        with _noted(where, notes):
+        with noted(where, notes):
             pattern = _clean(raw.get("pattern"), notes.counts).removesuffix(".").rstrip()
             before, slot, after = pattern.removesuffix(" [Y]").partition("[X]")
             if slot and pattern.endswith(" [Y]") and not re.search(r"\[[XY]\]", before + after):
@@ -315,7 +331,7 @@ def _visible(folder: Path, suffixes: Sequence[str]) -> list[Path]:
 
 def _rows(file: Path, notes: Notes) -> Raw:
     """The records of a CSV, TSV, JSON, JSONL or Parquet file."""
-    with _noted(file, notes):
+    with noted(file, notes):
         suffix = file.suffix.lower()
         if suffix == ".json":
             records = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -341,7 +357,7 @@ def _numbered(what: str, records: Iterable[Any], notes: Notes) -> Raw:
 
 def _lines(file: Path, stream: TextIO, notes: Notes) -> Raw:
     for number, line in enumerate(stream, 1):
-        with _noted(f"{file}:{number}", notes):
+        with noted(f"{file}:{number}", notes):
             record = json.loads(line) if line.strip() else {}
             if not isinstance(record, dict):
                 raise FactsError(["not a JSON object; mend or remove the line"])
@@ -366,7 +382,7 @@ def _separated(file: Path, stream: TextIO, notes: Notes) -> Raw:
 
 def _header(file: Path, notes: Notes) -> list[str]:
     """The names of a file's columns; empty if it has no record."""
-    with _noted(file, notes):
+    with noted(file, notes):
         if file.suffix.lower() == ".parquet":
             return pq.read_schema(file).names
     # Records of JSONL may leave out keys, so one record does not tell them all.
@@ -383,7 +399,7 @@ def _header_errors(format: str, file: Path, header: Sequence[str], columns: Mapp
         relation = "relation" if "relation" in header else "relation_id"
         needed = [("format counterfact", column) for column in (*TRACING.values(), relation)]
     missing = [(where, column) for where, column in needed if column not in header]
-    return [f"{file}: {where}: no column '{column}'{_hint(column, header)}" for where, column in missing]
+    return [f"{file}: {where}: no column '{column}'{hint(column, header)}" for where, column in missing]
 
 
 def _mapping_errors(path: Path, columns: Mapping[str, str]) -> Iterator[str]:
@@ -400,10 +416,10 @@ def _mapping_errors(path: Path, columns: Mapping[str, str]) -> Iterator[str]:
 def _unknown(path: Path, relations: Sequence[str], known: Iterable[str]) -> list[str]:
     names = list(known)
     missing = [relation for relation in dict.fromkeys(relations) if relation not in names]
-    return [f"{path}: relations: no relation '{relation}'{_hint(relation, names)}" for relation in missing]
+    return [f"{path}: relations: no relation '{relation}'{hint(relation, names)}" for relation in missing]
 
 
-def _hint(word: str, known: Sequence[str]) -> str:
+def hint(word: str, known: Sequence[str]) -> str:
     """As `did_you_mean`, but never with a list of thousands."""
     return did_you_mean(word, get_close_matches(word, known, n=1) or known[:20])
 
@@ -495,9 +511,14 @@ def _clean(value: Any, counts: Counter[str]) -> str:
 
 
 def _decoded(text: str) -> str:
-    """Literal escapes as characters, also when escaped twice; half a surrogate pair, which is no text, as U+FFFD."""
+    """Literal escapes as characters, also when escaped twice."""
     while ESCAPE.search(text):
         text = ESCAPE.sub(lambda match: chr(int(match[1], 16)), text)
+    return writable(text)
+
+
+def writable(text: str) -> str:
+    """A text with half a surrogate pair, which is no text and which no file can hold, as U+FFFD."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -518,7 +539,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 @contextmanager
-def _noted(where: Path | str, notes: Notes) -> Iterator[None]:
+def noted(where: Path | str, notes: Notes) -> Iterator[None]:
     """What goes wrong inside becomes sentences of `notes`; `where` is a whole file, or a record in one."""
     try:
         yield
@@ -538,7 +559,7 @@ def _first_line(error: Exception) -> str:
     return text.strip().splitlines()[0].rstrip(".")
 
 
-def _refuse(errors: Sequence[str]) -> None:
+def refuse(errors: Sequence[str]) -> None:
     errors = list(dict.fromkeys(errors))
     if errors:
         more = [f"and {len(errors) - MOST_ERRORS} more"] if len(errors) > MOST_ERRORS else []

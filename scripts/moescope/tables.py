@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from moescope import cause_tables, routing_tables, steering_tables
+from moescope import cause_tables, masking_tables, routing_tables, steering_tables, training_tables, utilization_tables
 from moescope.published import Published, blocked_mrr, numbers
 from moescope.stats import hits, reciprocal, two_change_points
 from moescope.summaries import (
@@ -397,7 +397,7 @@ COMPARISONS: Mapping[str, Callable[[Runs, Mapping[str, str], Bootstrap], pd.Data
     "concentration": concentration,
 }
 
-SUMMARIES: Mapping[str, Callable[[Runs, Bootstrap], pd.DataFrame]] = {
+SUMMARIES: Mapping[str, Callable[..., pd.DataFrame]] = {
     "gains": gains,
     "stages": stages,
     "heads": heads,
@@ -412,7 +412,12 @@ SUMMARIES: Mapping[str, Callable[[Runs, Bootstrap], pd.DataFrame]] = {
     **cause_tables.SUMMARIES,
     **steering_tables.SUMMARIES,
     **routing_tables.SUMMARIES,
+    **utilization_tables.SUMMARIES,
+    **masking_tables.SUMMARIES,
+    **training_tables.SUMMARIES,
 }
+
+OF_KEY_EXPERTS = ("utilization", "key_experts", "training")
 
 
 def _table_1(row: Any, models: Mapping[str, Published]) -> float:
@@ -471,8 +476,14 @@ def tables(
     partners: Mapping[str, str],
     bootstrap: Bootstrap,
     published: Mapping[str, str] | None = None,
+    expert_share: float | None = None,
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The named tables, one by one; `published`: our model -> its name in published.py, for models that have one."""
+    """The named tables, one by one; `published`: our model -> its name in published.py, for models that have one.
+
+    `expert_share`: an expert is key if it holds a key neuron in at least this share of the samples (OF_KEY_EXPERTS).
+    """
     for name in names:
         summary = partial(COMPARISONS[name], runs, partners) if name in COMPARISONS else partial(SUMMARIES[name], runs)
+        if name in OF_KEY_EXPERTS:
+            summary = partial(summary, expert_share=expert_share)
         yield name, beside_published(name, summary(bootstrap), published or {})

@@ -145,7 +145,7 @@ def build(shape: Shape, vocabulary: int, seed: int, recipe: Recipe = Recipe()) -
     generator = torch.Generator().manual_seed(seed)
     renormalised = shape.architecture == "mixtral" or getattr(config, "norm_topk_prob", True)
     for name, weight in model.named_parameters():
-        if weight.ndim < 2:
+        if weight.ndim < 2 or not weight.numel():
             continue
         std = weight.shape[-1] ** -0.5
         if name == "model.embed_tokens.weight":
@@ -162,13 +162,23 @@ def build(shape: Shape, vocabulary: int, seed: int, recipe: Recipe = Recipe()) -
 
 
 def train(
-    shape: Shape, prompts: pd.DataFrame, folder: Path, seed: int = 0, recipe: Recipe = Recipe(), name: str = ""
+    shape: Shape,
+    prompts: pd.DataFrame,
+    folder: Path,
+    seed: int = 0,
+    recipe: Recipe = Recipe(),
+    name: str = "",
+    checkpoints: Mapping[str, int] = {},
 ) -> dict[str, Any]:
     """Train a toy model and its tokenizer, check it, write the checkpoint into `folder` and return the report.
 
     `prompts` is facts.prompt_table: rows with held_out are evaluated, the others trained on. One thread
-    is used: the same seed then gives the same bits. Raises ToyError if the shape has no model, if a
-    layer has an expert that no prompt uses, or if the facts are not in the FFNs; nothing is written then.
+    is used: the same seed then gives the same bits. `checkpoints` names numbers of optimizer steps (0: untrained)
+    after which the model is kept too; they are written into folder/checkpoints/<name> and change no bit of it.
+
+    Raises ToyError if the shape has no model, if a checkpoint lies beyond the last step, if a layer has an
+    expert that no prompt uses (unless the load is balanced less than the recipe's default says, where that is a
+    finding), or if the facts are not in the FFNs; nothing is written then.
     """
     start = time.process_time()
     with _one_thread():
@@ -177,7 +187,7 @@ def train(
         training, held_out = tokens[~tokens["held_out"]], tokens[tokens["held_out"]]
         pieces = tokens["object_tokens"].groupby(tokens["objects"].str[0]).max()
         model = build(shape, len(tokenizer), seed, recipe)
-        losses, steps = _fit(model, training, seed, recipe)
+        losses, steps, states = _fit(model, training, seed, recipe, checkpoints)
         report = {
             "model": name or shape.architecture,
             "shape": asdict(shape),
@@ -194,7 +204,9 @@ def train(
         }
         report["cpu_seconds"] = time.process_time() - start
     _check_trained(report)
-    _write(model, tokenizer, report, folder)
+    for checkpoint, state in states.items():
+        _write(model, tokenizer, folder / "checkpoints" / checkpoint, state)
+    _write(model, tokenizer, folder, report=report)
     return report
 
 
@@ -206,7 +218,7 @@ def evaluate(model: PreTrainedModel, training: pd.DataFrame, held_out: pd.DataFr
     """
     layers = [layer.mlp for layer in model.model.layers]
     routed = [mlp.experts for mlp in layers if hasattr(mlp, "experts")]
-    shared = [mlp.shared_expert for mlp in layers if hasattr(mlp, "shared_expert")]
+    shared = [mlp.shared_expert for mlp in layers if getattr(model.config, "shared_expert_intermediate_size", 0)]
     with count_routings(routed) as counts:
         found = ranks(model, held_out)
     reciprocal = 1 / found
@@ -282,8 +294,13 @@ def load_balancing(logits: Float[Tensor, "layer token expert"], k: int) -> Float
     return experts / k * (used.mean(1) * probabilities.mean(1)).sum(-1).mean()
 
 
-def _fit(model: PreTrainedModel, training: pd.DataFrame, seed: int, recipe: Recipe) -> tuple[list[float], int]:
-    """Train on the first token of the first object only, in batches of equal length; (loss per epoch, steps)."""
+def _fit(
+    model: PreTrainedModel, training: pd.DataFrame, seed: int, recipe: Recipe, checkpoints: Mapping[str, int]
+) -> tuple[list[float], int, dict[str, dict[str, Tensor]]]:
+    """Train on the first token of the first object only, in batches of equal length.
+
+    Gives the loss of each epoch, the number of steps, and the weights at each checkpoint.
+    """
     groups: dict[str, list[nn.Parameter]] = {"ffn": [], "embedding": [], "rest": []}
     for name, weight in model.named_parameters():
         groups["ffn" if ".mlp." in name else "embedding" if "embed_tokens" in name else "rest"].append(weight)
@@ -301,11 +318,22 @@ def _fit(model: PreTrainedModel, training: pd.DataFrame, seed: int, recipe: Reci
     generator = torch.Generator().manual_seed(seed)
     epochs = [_batches([len(ids) for ids, _ in buckets], recipe.batch, generator) for _ in range(recipe.epochs)]
     total, k = sum(map(len, epochs)), getattr(model.config, "num_experts_per_tok", 0)
+    for name, step in checkpoints.items():
+        if not 0 <= step <= total:
+            raise ToyError(
+                f"checkpoint '{name}': step {step}, but training has {total} steps; give a step from 0 to {total}"
+            )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (recipe.warm_up * total), (total - step) / (recipe.decay * total), 1)
     )
-    losses = []
+    losses, step, states = [], 0, dict[str, dict[str, Tensor]]()
+
+    def keep() -> None:
+        for name in [name for name, at in checkpoints.items() if at == step]:
+            states[name] = {key: weight.clone() for key, weight in model.state_dict().items()}
+
     model.train()
+    keep()
     for epoch in epochs:
         sum_of_losses, seen = 0.0, 0
         for bucket, rows in epoch:
@@ -320,11 +348,13 @@ def _fit(model: PreTrainedModel, training: pd.DataFrame, seed: int, recipe: Reci
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             schedule.step()
+            step += 1
+            keep()
             sum_of_losses += answer.item() * len(rows)
             seen += len(rows)
         losses.append(sum_of_losses / seen)
     model.eval()
-    return losses, total
+    return losses, total, states
 
 
 def _batches(sizes: Sequence[int], batch: int, generator: torch.Generator) -> list[tuple[int, Int[Tensor, " prompts"]]]:
@@ -353,12 +383,14 @@ def _check(shape: Shape) -> None:
         raise ToyError(f"architecture: '{name}' is not a toy architecture{did_you_mean(name, MOE + DENSE)}")
     widths = {"ffn_width", "experts", "experts_per_token", "expert_width", "shared_width"}
     needed = {"experts", "experts_per_token", "expert_width"} if name in MOE else {"ffn_width"}
-    needed |= {"shared_width"} if name == "qwen2_moe" else set()
+    # A shared expert without neurons is none: such models differ from those with one in nothing else.
+    optional = {"shared_width"} if name == "qwen2_moe" else set()
     for key, value in asdict(shape).items():
-        if key in widths - needed and value:
+        if key in widths - needed - optional and value:
             raise ToyError(f"{name}: {key} is {value}, but {name} has none; take it out")
-        if key != "architecture" and key not in widths - needed and value < 1:
-            raise ToyError(f"{name}: {key} is {value}; give a number of at least 1")
+        least = 0 if key in widths - needed else 1
+        if key != "architecture" and value < least:
+            raise ToyError(f"{name}: {key} is {value}; give a number of at least {least}")
         if key in ("hidden", "expert_width") and value % 4:
             raise ToyError(f"{name}: {key} is {value}; the grouped experts need a multiple of 4")
     if shape.experts_per_token > shape.experts:
@@ -381,20 +413,27 @@ def _check_trained(report: Mapping[str, Any]) -> None:
             " the facts are not in the FFNs; raise ffn_rate or embedding_std in the recipe, or add layers or facts"
         )
     dead = [layer for layer, load in enumerate(report["load"]) if not load["min"]]
-    if dead:
+    if dead and report["recipe"]["load_balancing"] >= Recipe.load_balancing:
         raise ToyError(
             f"toy model '{name}': layers {dead} have an expert that no held-out prompt uses;"
             " raise load_balancing in the recipe or give the shape fewer experts"
         )
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, report: Mapping[str, Any], folder: Path) -> None:
-    """Write the checkpoint and the report beside `folder`, then move the files in one by one."""
+def _write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
+    report: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model (with the weights `state`, if given) beside `folder`, then move the files in one by one."""
     transformers.utils.logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
-        model.save_pretrained(beside)
+        model.save_pretrained(beside, state_dict=state)
         tokenizer.save_pretrained(beside)
-        (Path(beside) / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if report is not None:
+            (Path(beside) / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         for file in Path(beside).iterdir():
             file.replace(folder / file.name)

@@ -35,6 +35,7 @@ OLMOE_1B_7B = toy.Shape(
     "olmoe", layers=16, experts=64, experts_per_token=8, expert_width=1024, hidden=2048, heads=16, kv_heads=16
 )
 EQUAL = 1e-5
+HIDDEN = (64, 128) if SMALL else (64, 256)
 AIMS = {(SHAPE, "readout"): 25, (SHAPE, "all"): 5, (WIDE, "readout"): 80, (WIDE, "all"): 8}
 
 
@@ -268,6 +269,32 @@ def measure_ratios(models):
     table([*header, f"above {EQUAL:.0e}", "those prompts in float64"], *rows)
 
 
+def measure_widths(models, prompts):
+    print("## Wider layers\n")
+    say(
+        f"""Ratios again where layers are wider (experts half as wide as the residual stream), naive blocking run for
+        one expert in {PART} and its time multiplied: beside the arithmetic of a layer, what the map itself does weighs
+        less. {PAIRS} pairs; differences are those of the experts that naive blocking was run for."""
+    )
+    rows = []
+    for narrow in (SHAPE, WIDE):
+        for hidden in HIDDEN:
+            shape = replace(narrow, hidden=hidden, expert_width=hidden // 2)
+            model, parts, known = models.get(shape) or trained(shape, prompts)
+            known = known[known["length"] == LENGTH].reset_index(drop=True)
+            for where in POSITIONS:
+                times, log_probs, found = compare(model, parts, known, where, PART, PAIRS)
+                number = found["layer"].astype(int) * shape.experts + found["expert"]
+                sampled = found[number % PART == 0].assign(layer=0, expert=number // PART)
+                off, _ = differences(parts, known, log_probs, sampled)
+                naive_s, ours, ratio = map(spread, times.T)
+                of = len(known) * shape.layers * shape.experts
+                rows.append([name_of(shape), hidden, where, f"{len(found) / of:.2f}", naive_s, ours, ratio])
+                rows[-1] += [AIMS[narrow, where], f"{off.max():.0e}"]
+    header = ["model", "dimensions", "positions", "used", "naive, s", "map, s", "ratio", "aim", "largest difference"]
+    table(header, *rows)
+
+
 def measure_curves(models, prompts):
     print("## Curves\n")
     say(
@@ -327,6 +354,7 @@ def main():
     print()
     models = {shape: trained(shape, prompts) for shape in (SHAPE, WIDE)}
     measure_ratios(models)
+    measure_widths(models, prompts)
     measure_curves(models, prompts)
     measure_counts()
     measure_default(prompts)

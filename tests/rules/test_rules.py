@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from pyroaring import BitMap
 from safetensors import safe_open
 
 from moescope import artifacts, config
@@ -18,6 +19,7 @@ FIGURES = [
     *["contrasts", "expert_map", "faithfulness", "head_map", "head_blocking", "tracing"],
     *["routing", "mutual_information", "expert_use", "task_overlap"],
     *["router_attribution", "associations", "head_router", "gate_gradients"],
+    *["utilization", "rarefaction", "key_experts", "key_overlap", "key_scores", "diversity", "masking", "training"],
 ]
 
 
@@ -343,6 +345,53 @@ def test_attribute_routers(run_rule, finished):
     assert pairs["p"].dropna().ge(1 / 51 - 1e-6).all()
 
 
+KEYS = [f"{RESULTS}/utilization/{kind}.parquet" for kind in ("key_neurons", "expert_tokens", "units")]
+
+
+def test_find_key_neurons(run_rule):
+    paths = run_rule("find_key_neurons", *KEYS)
+    keys, used, units = (artifacts.read_table(path, path.stem) for path in paths)
+    prompts = prompts_of(paths[0].parents[4])
+    assert keys["prompt_id"].tolist() == prompts["prompt_id"].tolist()
+    # Three layers of four experts with 16 neurons and a shared one with 32; 2% of them for each token of the answer.
+    assert units["width"].sum() == 3 * (4 * 16 + 32)
+    for tokens, found in zip(keys["tokens"], keys["keys"]):
+        assert 6 <= len(BitMap.deserialize(found)) <= 6 * tokens
+    of_shared = used[used["expert"] < 0].groupby("prompt_id")["tokens"].sum()
+    assert of_shared.tolist() == (3 * keys["tokens"]).tolist()
+    assert used[used["expert"] >= 0].groupby("prompt_id")["tokens"].sum().tolist() == (6 * keys["tokens"]).tolist()
+
+
+def test_mask_keys(run_rule):
+    names = ["masking", "masked_units"]
+    paths = run_rule("mask_keys", *(f"{RESULTS}/interventions/{name}.parquet" for name in names))
+    masking, masked = (artifacts.read_table(path, path.stem) for path in paths)
+    assert set(masking["level"]) == {"clean", "neurons", "experts"}
+    assert set(masking["draw"]) == {-1, 0, 1}
+    prompts = prompts_of(paths[0].parents[4]).set_index("prompt_id")
+    clean = masking[masking["level"] == "clean"].set_index("prompt_id")["log_prob"]
+    np.testing.assert_allclose(clean, prompts["log_prob"].loc[clean.index], atol=1e-5)
+    sizes = masking[masking["draw"] == -1].groupby("level")["masked"].max()
+    assert (sizes["neurons"], sizes["experts"]) == (6, 1)
+    assert masked[masked["level"] == "experts"]["expert"].ge(0).all()
+
+
+def test_measure_and_gather_checkpoints(run_rule, finished):
+    folder = f"{RESULTS}/training"
+    early, every = run_rule(
+        "measure_checkpoint gather_checkpoints", f"{folder}/early.parquet", f"{folder}/checkpoints.parquet"
+    )
+    table = artifacts.read_table(every, "checkpoints")
+    steps = json.loads((finished / "results/models/small-moe/training.json").read_text())["steps"]
+    assert dict(zip(table["checkpoint"], table["step"])) == {"early": 5, "final": steps}
+    prompts = prompts_of(finished)
+    final = table[table["checkpoint"] == "final"]
+    assert final["rank"].tolist() == prompts["rank"].tolist()
+    keys = artifacts.read_table(finished / RESULTS / "utilization/key_neurons.parquet", "key_neurons")
+    assert final["keys"].tolist() == keys["keys"].tolist()
+    assert (1 / artifacts.read_table(early, "checkpoint")["rank"]).mean() < (1 / final["rank"]).mean()
+
+
 @pytest.mark.parametrize(
     ("rule", "names"),
     [
@@ -352,7 +401,13 @@ def test_attribute_routers(run_rule, finished):
             ["neurons", "concentration", "additivity", "relation_neurons", "unit_readings", "queries"],
         ),
         ("summarise_heads", ["head_map", "head_blocking", "tracing"]),
-        ("summarise_interventions", ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"]),
+        (
+            "summarise_interventions",
+            ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness", "key_scores"],
+        ),
+        ("summarise_utilization", ["utilization", "rarefaction", "key_experts", "key_overlap", "diversity"]),
+        ("summarise_masking", ["masking"]),
+        ("summarise_training", ["training", "phases"]),
         (
             "summarise_steering",
             ["router_attribution", "associations", "association_pairs", "head_router", "gate_gradients"],
@@ -397,7 +452,7 @@ def test_every_rule_writes_its_log_and_benchmark(finished):
     by_rule = {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known", "attribute", "block_experts"}
     assert by_rule <= rules
     logs = list((finished / "results/logs").rglob("*.log"))
-    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 61
+    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 79
     verified = (finished / "results/logs/capture/facts/small-moe/0.log").read_text()
     assert "sum of heads = what attention adds to the residual stream" in verified
 

@@ -28,6 +28,10 @@ def errors_of(change, fact_folder):
     return caught.value.errors
 
 
+MOE = {"architecture": "olmoe", "layers": 3, "experts": 8, "experts_per_token": 4, "expert_width": 8}
+TWO = {"experts_per_token": 2}
+
+
 def put(path, value):
     def change(raw):
         *parents, key = path.split(".")
@@ -121,7 +125,7 @@ def here(tmp_path, monkeypatch):
         (put("statistics.confidence", 1), "statistics.confidence: 1 must be less than 1"),
         (put("models.a/b", {"toy": {"architecture": "llama", "layers": 3}}), "models: 'a/b' is not a usable name"),
         (put("models", {"..": {"toy": {"architecture": "llama", "layers": 3}}}), "models: '..' is not a usable name"),
-        (put("datasets.tables", {}), "datasets: 'tables' is the name of a folder of results; choose another name"),
+        (put("datasets.tables", {}), "datasets: 'tables' has a meaning of its own in the folder of results; choose"),
         (put("toy_training.dataset", "fact"), "toy_training.dataset: 'fact' is not a data set; did you mean 'facts'?"),
         (put("datasets.facts.path", "nowhere"), "datasets.facts.path: 'nowhere' holds no fact file (*.yaml)"),
         (put("datasets.facts.relations", ["../x"]), "datasets.facts.relations: '../x' is not a usable name"),
@@ -129,7 +133,38 @@ def here(tmp_path, monkeypatch):
         (put("tasks", ["entity"]), "country_capital.yaml:2: task: 'geography' is not a known task; known: entity"),
         (put("models", None), "models: None is not of type object"),
         (put("models", {1: DENSE}), "config.yaml: models: 1 is not text; write the name in quotes, or choose another"),
-        (put("models", {"source": DENSE}), "models: 'source' is the name of a folder of results; choose another name"),
+        (
+            put("models", {"source": DENSE}),
+            "models: 'source' has a meaning of its own in the folder of results; choose",
+        ),
+        (put("utilization.share", 0), "utilization.share: 0 must be more than 0"),
+        (put("utilization.scor", "normed"), "utilization.scor: not a known key; did you mean 'score'?"),
+        (put("texts.sums", {"path": "towns.csv"}), "texts.sums.prompt: missing; The prompt, with columns in braces"),
+        (put("texts.sums", {"prompt": "{a}"}), "texts.sums: no path given; give path or hub"),
+        (put("texts.sums", {"prompt": "{a}", "path": "no.csv"}), "no.csv"),
+        (
+            put("texts.facts", {"prompt": "{country}", "path": "towns.csv"}),
+            "texts.facts: is also the name of a data set",
+        ),
+        (put("models.toy-olmoe.checkpoints", {"../x": 1}), "checkpoints: '../x' is not a usable name of a checkpoint"),
+        (put("models.toy-olmoe.checkpoints", {"final": 1}), "checkpoints: 'final' has a meaning of its own"),
+        (
+            put("models", {"mine": {"folder": "model", "kind": "moe", "checkpoints": {"a": 1}}}),
+            "models.mine.checkpoints: a folder holds one state of a model; give a hub model, or a toy",
+        ),
+        (put("families.k", {"base": MOE, "variants": {"a": {}}}), "families.k.variants: "),
+        (
+            put("families.k", {"base": MOE, "variants": {"a/b": {}, "c": {}}}),
+            "families.k.variants: 'a/b' is not a usable",
+        ),
+        (
+            put("families.k", {"base": MOE, "variants": {"few": {"expert": 4}, "many": {}}, "seeds": [1]}),
+            "models.k-few-1.toy.expert: not a known key; did you mean 'experts'?",
+        ),
+        (
+            put("families.k", {"base": MOE, "variants": {"few": {"experts": 2}, "many": {}}, "seeds": [1]}),
+            "models.k-few-1.toy.experts_per_token: 4 is more than the 2 experts",
+        ),
         (
             put("lens.norm", "real"),
             "config.yaml: lens.norm: 'real' is not a known value; known: fixed, recomputed, reference",
@@ -333,6 +368,7 @@ def test_defaults_are_filled_at_every_depth_and_the_input_is_left_alone(fact_fol
     assert found["models"]["toy-llama"]["dense_partner"] == ""
     assert found["models"]["toy-llama"]["toy"] == {"architecture": "llama", "layers": 4, "ffn_width": 128} | {
         "shared_width": 0,
+        "load_balancing": 0.01,
         "seed": 0,
     }
     assert [r.name for r in relations["facts"]] == ["country_capital", "fruit_inside_color"]
@@ -364,6 +400,26 @@ def test_what_a_key_allows_is_what_the_code_knows():
     assert datasets["preset"]["enum"] == ["", *sources.PRESETS]
     assert list(datasets["columns"]["properties"]) == list(sources.WORDS)
     assert models["published"]["enum"] == ["", *published.MODELS]
+
+
+def test_families_are_expanded_into_models_that_differ_in_what_their_variants_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given = {"datasets": {"facts": {}}, "families": {"k": {"base": MOE, "variants": {"two": TWO, "four": {}}}}}
+    found, _ = config.resolve(given, SCHEMA, "config.yaml")
+    members = config.family_members(found)
+    assert list(members) == [f"k-{variant}-{seed}" for variant in ("two", "four") for seed in (0, 1, 2)]
+    assert list(found["models"]) == list(members)
+    assert members["k-two-1"] == {"family": "k", "variant": "two", "seed": 1, "toy": {**MOE, **TWO, "seed": 1}}
+    two, four = (found["models"][f"k-{variant}-2"]["toy"] for variant in ("two", "four"))
+    assert {key for key in two if two[key] != four[key]} == {"experts_per_token"}
+
+
+def test_a_family_cannot_hide_a_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    family = {"base": MOE, "variants": {"two": TWO, "four": {}}, "seeds": [0]}
+    given = {"datasets": {"facts": {}}, "models": {"k-two-0": {"toy": MOE}}, "families": {"k": family}}
+    with pytest.raises(config.ConfigError, match=r"families\.k: its model 'k-two-0' is also one of models; rename one"):
+        config.resolve(given, SCHEMA, "config.yaml")
 
 
 def test_the_default_configuration_needs_nothing_but_its_models_and_facts(monkeypatch):

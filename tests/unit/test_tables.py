@@ -776,4 +776,5 @@ def test_captions_say_on_what_a_figure_rests(name):
     text = (ROOT / f"workflow/report/{name}.rst").read_text()
     assert "finding about toy models" in text
     assert "s.n_prompts" in text
-    assert ("percentile bootstrap" in text) == (name not in ("relation_neurons_table", "unit_readings_table"))
+    no_interval = ("relation_neurons_table", "unit_readings_table")
+    assert ("Intervals:" in text or "bootstrap" in text) == (name not in no_interval)

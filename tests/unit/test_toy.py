@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moescope import config, toy
+from moescope import anatomy, capture, config, toy, utilization
 from moescope.facts import tokenise
 
 SHAPES = {
@@ -27,6 +27,7 @@ MODELS = {"qwen2_moe": "Qwen2Moe", "olmoe": "Olmoe", "mixtral": "Mixtral"} | {
     "mistral": "Mistral",
 }
 RECIPE = toy.Recipe(vocabulary=400, epochs=10, batch=32)
+CHECKPOINTS = {"untrained": 0, "first": 1, "again": 1}
 FIRST = "Anna Boris Clara David Emma Felix Grace Henry Irene Jonas Karin Louis".split()
 LAST = "Adler Brown Costa Dubois Evans Fischer Garcia Hansen Ito Jensen Kowalski Lopez".split()
 CITIES = (
@@ -69,10 +70,10 @@ def prompts() -> pd.DataFrame:
 @pytest.fixture(scope="module")
 def trained(prompts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "olmoe"
-    return folder, toy.train(SHAPES["olmoe"], prompts, folder, seed=3, recipe=RECIPE)
+    return folder, toy.train(SHAPES["olmoe"], prompts, folder, seed=3, recipe=RECIPE, checkpoints=CHECKPOINTS)
 
 
-def test_a_second_run_gives_the_same_bits_and_leaves_no_trace(prompts, trained, tmp_path):
+def test_a_second_run_without_checkpoints_gives_the_same_bits_and_leaves_no_trace(prompts, trained, tmp_path):
     torch.manual_seed(11)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     toy.train(SHAPES["olmoe"], prompts, tmp_path / "again", seed=3, recipe=RECIPE)
@@ -97,13 +98,68 @@ def test_the_configuration_knows_the_same_architectures():
 
 def test_training_learns_the_facts_and_reports(trained):
     folder, report = trained
-    assert sorted(path.name for path in folder.iterdir()) == sorted({*config.CHECKPOINT_FILES} - {"model.json"})
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        {*config.CHECKPOINT_FILES, "checkpoints"} - {"model.json"}
+    )
     assert json.loads((folder / "training.json").read_text()) == report
     assert report["loss_per_epoch"][-1] < report["loss_per_epoch"][0] / 2
     assert report["mrr_without"]["ffn"] < 0.25 < 0.5 < report["mrr"]
     assert report["mrr_without"]["shared"] is None
     assert all(0 < layer["min"] <= 1 <= layer["max"] for layer in report["load"])
     assert 0 < report["objects"]["several_tokens"] < report["objects"]["all"]
+
+
+def test_checkpoints_are_the_model_after_so_many_steps(trained):
+    folder, report = trained
+    files = {*config.CHECKPOINT_FILES} - {"model.json", "training.json"}
+    states = {}
+    for name in CHECKPOINTS:
+        place = folder / "checkpoints" / name
+        assert {path.name for path in place.iterdir()} == files
+        assert (place / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+        states[name] = AutoModelForCausalLM.from_pretrained(place).state_dict()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == sorted(CHECKPOINTS)
+    built = toy.build(SHAPES["olmoe"], 400, seed=3, recipe=RECIPE).state_dict()
+    assert all(torch.equal(states["untrained"][key], weight) for key, weight in built.items())
+    assert all(torch.equal(states["again"][key], weight) for key, weight in states["first"].items())
+    # Adam's first step is the learning rate in every weight that has a gradient.
+    rate = RECIPE.learning_rate / (RECIPE.warm_up * report["steps"])
+    moved = (states["first"]["lm_head.weight"] - states["untrained"]["lm_head.weight"]).abs()
+    assert moved.median().item() == pytest.approx(rate, rel=1e-2)
+
+
+def test_a_checkpoint_beyond_the_last_step_gets_a_sentence(prompts, tmp_path):
+    words = r"checkpoint 'late': step 9999, but training has \d+ steps; give a step from 0 to \d+"
+    with pytest.raises(toy.ToyError, match=words):
+        toy.train(SHAPES["olmoe"], prompts, tmp_path / "model", recipe=RECIPE, checkpoints={"late": 9999})
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_that_no_prompt_uses_are_refused_unless_the_load_is_left_unbalanced(trained):
+    report = trained[1] | {"load": [{"max": 4.0, "min": 0.5}, {"max": 4.0, "min": 0.0}]}
+    with pytest.raises(toy.ToyError, match=r"layers \[1\] have an expert that no held-out prompt uses"):
+        toy._check_trained(report)
+    toy._check_trained(report | {"recipe": report["recipe"] | {"load_balancing": 0.0}})
+
+
+def test_a_shared_expert_without_neurons_is_none(tmp_path):
+    shape = replace(SHAPES["qwen2_moe"], shared_width=0)
+    model = toy.build(shape, 300, seed=0).eval()
+    model.save_pretrained(tmp_path)
+    model, found = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(found.values())
+    parts, ids = anatomy.find(model), torch.arange(2, 26).view(2, 12)
+    assert shape.active_width == 64
+    assert anatomy.levels(parts)["with_experts"] == 2
+    assert anatomy.levels(parts)["with_shared_experts"] == 0
+    with torch.no_grad():
+        recorded, logits = capture.record(model, parts, ids)
+        capture.verify(model, parts, ids, recorded, logits)
+        with toy.removed([layer.mlp.shared_expert for layer in model.model.layers]):
+            assert torch.equal(capture.readout_logits(model, ids), logits)
+    units = utilization.units(parts)
+    assert units["expert"].tolist() == [*range(8), *range(8)]
+    assert units["width"].sum() == 2 * 8 * 16
 
 
 def test_saved_model_gives_what_the_reported_one_gave(prompts, trained):
@@ -168,7 +224,7 @@ def test_facts_outside_the_ffns_are_refused(tmp_path):
         ("llama", {"experts": 4}, "experts is 4, but llama has none"),
         ("mixtral", {"experts_per_token": 5}, r"at most experts \(4\)"),
         ("mixtral", {"shared_width": 64}, "shared_width is 64, but mixtral has none"),
-        ("qwen2_moe", {"shared_width": 0}, "shared_width is 0"),
+        ("qwen2_moe", {"shared_width": -4}, "shared_width is -4; give a number of at least 0"),
         ("qwen2_moe", {"expert_width": 18}, "multiple of 4"),
         ("qwen2", {"heads": 3}, "do not divide"),
     ],

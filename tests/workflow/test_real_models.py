@@ -28,24 +28,32 @@ CONFIG = {
     "gate_gradients": {"prompts": 5, "steps": 4},
     "associations": {"permutations": 20},
     "tracing": {"n_prompts": 5, "draws": 1, "coalitions": [1]},
+    "utilization": {"share": 0.02},
+    "masking": {"shares": [0.02], "experts": [1], "random_draws": 1},
     "statistics": {"bootstrap_draws": 100},
     "batch_size": 8,
 }
 # Every layer but the first has experts.
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
 SUMMARIES = {
-    f"summarise_{name}" for name in ("attribution", "neurons", "heads", "interventions", "steering", "routing")
+    f"summarise_{name}"
+    for name in (
+        *("attribution", "neurons", "heads", "interventions", "steering", "routing"),
+        *("utilization", "masking"),
+    )
 }
 NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
 HEADS = {"sweep_heads", "block_heads", "trace_causes"}
 EXPERTS = {"block_experts", "keep_only", "map_experts", "trace_gates"}
 ROUTING = {"analyse_routing", "attribute_routers"}
+KEYS = {"find_key_neurons", "mask_keys"}
 OF_THE_MOE = (
-    {"capture", "gather_prompts", "filter_known", "attribute"} | NEURONS | HEADS | EXPERTS | ROUTING | SUMMARIES
+    {"capture", "gather_prompts", "filter_known", "attribute"} | NEURONS | HEADS | EXPERTS | ROUTING | KEYS | SUMMARIES
 )
 OF_ALL = {
     *["efficiency", "stages", "gains", "heads", "neurons", "concentration", "additivity", "relation_neurons"],
     *["unit_readings", "queries", "head_map", "head_blocking", "tracing"],
+    *["utilization", "rarefaction", "key_overlap", "diversity", "masking"],
 }
 """Tables that dense models have rows in; of head_blocking and tracing some columns are theirs alone."""
 
@@ -124,7 +132,7 @@ def test_the_prompts_are_those_of_the_relations_asked_for(real):
 
 def test_the_tables_have_every_model_and_only_layers_with_experts(real):
     tables = small.tables(real)
-    assert len(tables) == 31
+    assert len(tables) == 38
     for name, table in tables.items():
         assert set(table["model"]) == {"moe", "hub"} | ({"dense"} if name in OF_ALL else set()), name
         # Of untrained models noise takes nothing away that could come back, and some pairs of experts never meet.
@@ -251,6 +259,24 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(refused, model):
         assert not (folder / f"results/logs/capture/lre/{model}").exists()
 
 
+def test_revisions_of_a_hub_model_are_states_of_its_training(copy_of_real):
+    refs = copy_of_real / "home/hub/models--owner--moe/refs"
+    (refs / "step1").write_text((refs / "main").read_text())
+    hub = CONFIG["models"]["hub"] | {"checkpoints": {"step1": 7}}
+    small.configure(copy_of_real, CONFIG | {"models": CONFIG["models"] | {"hub": hub}})
+    target = "results/lre/hub/training/checkpoints.parquet"
+    planned = small.planned(copy_of_real, target)
+    assert planned == {"describe_checkpoint": 1, "measure_checkpoint": 1, "gather_checkpoints": 1}
+    small.snakemake(copy_of_real, target)
+    described = json.loads((copy_of_real / "results/models/hub/checkpoints/step1/model.json").read_text())
+    assert (described["requested"], described["commit"]) == ("step1", small.COMMIT)
+    table = artifacts.read_table(copy_of_real / target, "checkpoints")
+    prompts = artifacts.read_table(copy_of_real / "results/lre/hub/prompts.parquet", "prompts")
+    # The same weights as those of the finished model.
+    assert table["rank"].tolist() == prompts["rank"].tolist()
+    assert set(zip(table["checkpoint"], table["step"])) == {("step1", 7)}
+
+
 # The models of the paper.
 
 
@@ -264,7 +290,7 @@ def test_the_models_of_the_paper_are_planned_as_configured(tmp_path):
         model, asked = re.search(r"model=([\w.-]+)", body), re.search(r"gpu=(\d)", body)
         if asked:
             gpus.setdefault(model[1], []).append((rule, int(asked[1])))
-    dense = sorted([("attribute_queries", 1), *[("capture", 1)] * 4, *((rule, 1) for rule in HEADS)])
+    dense = sorted([("attribute_queries", 1), *[("capture", 1)] * 4, *((rule, 1) for rule in HEADS | KEYS)])
     moe = sorted([*dense, *((rule, 1) for rule in EXPERTS)])
     assert {model: sorted(asked) for model, asked in gpus.items()} == {
         **dict.fromkeys(("qwen-moe", "olmoe"), moe),
@@ -273,7 +299,7 @@ def test_the_models_of_the_paper_are_planned_as_configured(tmp_path):
     }
     assert "mem_mb=128000" in text
     counted = pd.Series([rule for rule, _ in jobs]).value_counts().to_dict()
-    each = dict.fromkeys(("describe_model", "gather_prompts", "filter_known", "attribute", *NEURONS, *HEADS), 6)
+    each = dict.fromkeys(("describe_model", "gather_prompts", "filter_known", "attribute", *NEURONS, *HEADS, *KEYS), 6)
     each |= {"capture": 24, "write_dataset": 1} | dict.fromkeys(EXPERTS | ROUTING, 3)
     assert counted.items() >= (each | dict.fromkeys(SUMMARIES, 1)).items()
     assert set(counted) - each.keys() - SUMMARIES == {"all", *(name for name in counted if name.startswith("plot_"))}

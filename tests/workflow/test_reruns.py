@@ -10,9 +10,12 @@ PLOTS_OF = {
     "summarise_attribution": ["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
     "summarise_neurons": ["neurons", "concentration", "additivity", "queries"],
     "summarise_heads": ["head_map", "head_blocking", "tracing"],
-    "summarise_interventions": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
+    "summarise_interventions": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness", "key_scores"],
     "summarise_steering": ["router_attribution", "associations", "head_router", "gate_gradients"],
     "summarise_routing": ["routing", "mutual_information", "expert_use", "task_overlap"],
+    "summarise_utilization": ["utilization", "rarefaction", "key_experts", "key_overlap", "diversity"],
+    "summarise_masking": ["masking"],
+    "summarise_training": ["training"],
 }
 
 
@@ -27,13 +30,20 @@ OF_NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
 OF_ROUTING = {"analyse_routing", "attribute_routers"}
 OF_EXPERTS = {"block_experts", "keep_only", "map_experts", "trace_gates"}
 OF_HEADS = {"sweep_heads", "block_heads", "trace_causes"}
+OF_KEYS = {"find_key_neurons", "mask_keys"}
+OF_TRAINING = {"measure_checkpoint", "gather_checkpoints"}
 AFTER_NEURONS = OF_NEURONS | drawn("summarise_neurons")
 AFTER_UNITS = {"attribute", "attribute_routers", "block_experts", "block_heads", "read_units"} | drawn(
-    *TABLES - {"summarise_routing"}
+    *TABLES - {"summarise_routing", "summarise_utilization", "summarise_masking", "summarise_training"}
 )
 AFTER_ATTRIBUTION = AFTER_UNITS | AFTER_NEURONS
-AFTER_FILTER = {"filter_known", "attribute", *OF_NEURONS, *OF_ROUTING, *OF_EXPERTS, *OF_HEADS, *TABLES, *PLOTS}
+AFTER_KEYS = {*OF_KEYS, *OF_TRAINING} | drawn(
+    "summarise_interventions", "summarise_utilization", "summarise_masking", "summarise_training"
+)
+OF_PROMPTS = OF_NEURONS | OF_ROUTING | OF_EXPERTS | OF_HEADS | OF_KEYS | OF_TRAINING
+AFTER_FILTER = {"filter_known", "attribute", *OF_PROMPTS, *TABLES, *PLOTS}
 AFTER_MODELS = {"capture", "gather_prompts", *AFTER_FILTER}
+BEFORE_FILTER = {"write_dataset", "train_toy", "capture", "gather_prompts"}
 EVERYTHING = {"write_dataset", "train_toy", *AFTER_MODELS}
 
 
@@ -62,13 +72,17 @@ def test_a_second_run_does_nothing(copy_of_finished):
         ("reading", {"read_units", *drawn("summarise_neurons")}),
         (
             "intervene",
-            OF_EXPERTS | OF_HEADS | drawn("summarise_interventions", "summarise_heads", "summarise_steering"),
+            {*OF_EXPERTS, *OF_HEADS, "mask_keys"}
+            | drawn("summarise_interventions", "summarise_heads", "summarise_steering", "summarise_masking"),
         ),
         ("expert_map", {"map_experts", *drawn("summarise_interventions")}),
         ("steering", {"sweep_heads", "block_heads", "trace_gates", *drawn("summarise_heads", "summarise_steering")}),
         ("tracing", {"trace_causes", *drawn("summarise_heads")}),
         ("routing", {"analyse_routing", *drawn("summarise_routing")}),
         ("router_attribution", {"attribute_routers", *drawn("summarise_steering")}),
+        ("utilization", AFTER_KEYS - {"mask_keys"} - drawn("summarise_masking")),
+        ("masking", {"mask_keys", *drawn("summarise_masking")}),
+        ("training", OF_TRAINING | drawn("summarise_training")),
         ("capture", AFTER_MODELS),
         ("toy", {"train_toy", *AFTER_MODELS}),
         ("artifacts", EVERYTHING),
@@ -113,6 +127,9 @@ def test_an_edited_fact_reruns_what_depends_on_it(copy_of_finished):
         ("gate_gradients", {"steps": 5}, {"trace_gates", *drawn("summarise_steering")}),
         ("associations", {"permutations": 9}, {"attribute_routers", *drawn("summarise_steering")}),
         ("tracing", {"noise": 2}, {"trace_causes", *drawn("summarise_heads")}),
+        ("utilization", {"score": "normed"}, AFTER_KEYS),
+        ("utilization", {"expert_share": 0.5}, drawn("summarise_utilization", "summarise_training")),
+        ("masking", {"random_draws": 3}, {"mask_keys", *drawn("summarise_masking")}),
         ("neurons", {"top": 7}, AFTER_NEURONS),
         ("queries", {"values": 7}, {"attribute_queries", *drawn("summarise_neurons")}),
         ("readings", {"tokens": 7}, {"read_units", *drawn("summarise_neurons")}),
@@ -134,7 +151,7 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path):
     folder = small.make(tmp_path / "run", small.SMALL | {"models": models})
     jobs = small.snakemake(folder, "--dry-run").split("\nrule ")
     asking = {job.split(":")[0] for job in jobs if "gpu=1" in job}
-    assert asking == {"capture", "attribute_queries", *OF_EXPERTS, *OF_HEADS}
+    assert asking == {"capture", "attribute_queries", "measure_checkpoint", *OF_EXPERTS, *OF_HEADS, *OF_KEYS}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +159,11 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path):
     [
         ("models", {"write_dataset", "train_toy"}),
         ("activations", {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known"}),
-        ("attribution", EVERYTHING - PLOTS - TABLES - OF_EXPERTS - OF_HEADS - OF_ROUTING),
-        ("routing", EVERYTHING - PLOTS - TABLES - OF_EXPERTS - OF_HEADS - OF_NEURONS),
-        ("interventions", EVERYTHING - PLOTS - TABLES - OF_NEURONS - OF_ROUTING),
+        ("attribution", EVERYTHING - PLOTS - TABLES - OF_PROMPTS | OF_NEURONS),
+        ("routing", EVERYTHING - PLOTS - TABLES - OF_PROMPTS | OF_ROUTING),
+        ("interventions", EVERYTHING - PLOTS - TABLES - OF_PROMPTS | OF_EXPERTS | OF_HEADS),
+        ("utilization", {*BEFORE_FILTER, "filter_known", *OF_KEYS}),
+        ("training", {*BEFORE_FILTER, "filter_known", *OF_TRAINING}),
         ("tables", EVERYTHING - PLOTS),
     ],
 )

@@ -10,9 +10,10 @@ from snakemake.exceptions import WorkflowError
 
 LIBRARY = (
     "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints config"
-    " drawing expert_map facts intervene lens logs miniature models neurons planted plots published queries rankings"
-    " reading resume router_attribution routing routing_plots routing_tables sources stats steering steering_plots"
-    " steering_tables summaries tables toy tracing __init__"
+    " drawing expert_map facts intervene lens logs masking masking_plots masking_tables miniature models neurons planted"
+    " plots published queries rankings reading resume responses router_attribution routing routing_plots routing_tables"
+    " samples sources stats steering steering_plots steering_tables summaries tables texts toy tracing training"
+    " training_plots training_tables utilization utilization_plots utilization_tables __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
@@ -22,8 +23,8 @@ for name in LIBRARY:
 sys.path.append(str(SCRIPTS))
 
 from moescope.artifacts import digest
-from moescope.config import CHECKPOINT_FILES, ConfigError, is_moe, model_sources, resolve, source_files
-from moescope.config import wanted_relations, yaml_error
+from moescope.config import CHECKPOINT_FILES, ConfigError, family_members, is_moe, model_sources, resolve
+from moescope.config import source_files, wanted_relations, yaml_error
 from moescope.facts import n_prompts
 
 CONFIG_FILE = "config/config.yaml"
@@ -48,8 +49,17 @@ DATASETS = {
     | {"n_prompts": n_prompts(RELATIONS[name], dataset["templates"]) if name in RELATIONS else 0}
     for name, dataset in config["datasets"].items()
 }
+TEXTS = {name: text | {"path": text.get("path", "")} for name, text in config["texts"].items()}
+DATA = DATASETS | TEXTS
+KEYS = {key: config["utilization"][key] for key in ("score", "threshold", "share")}
 MOE = [name for name, model in MODELS.items() if model["moe"]]
 TOYS = [name for name, model in MODELS.items() if "toy" in model]
+TRAINED = {
+    name: [*model["checkpoints"], *["final"] * ("toy" in model)]
+    for name, model in MODELS.items()
+    if model["checkpoints"]
+}
+FAMILIES = {name: {k: v for k, v in of.items() if k != "toy"} for name, of in family_members(config).items()}
 SUMMARIES = {
     "attribution": {
         "tables": ["efficiency", "stages", "gains", "heads", "experts", "expert_curves", "near_ties"],
@@ -73,8 +83,11 @@ SUMMARIES = {
         "memory_gb": 4,
     },
     "interventions": {
-        "tables": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
-        "made_from": ["layers", "experts", "blocking", "keep_only", "expert_map"],
+        "tables": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness", "key_scores"],
+        "made_from": [
+            *["layers", "experts", "blocking", "keep_only", "expert_map"],
+            *["key_neurons", "expert_tokens", "units"],
+        ],
         "models": MOE,
         "memory_gb": 4,
     },
@@ -91,8 +104,30 @@ SUMMARIES = {
         "memory_gb": 4,
     },
 }
-SUMMARIES = {name: of for name, of in SUMMARIES.items() if of["models"]}
-TABLES = [table for of in SUMMARIES.values() for table in of["tables"]]
+SUMMARIES |= {
+    "utilization": {
+        "tables": ["utilization", "rarefaction", "key_experts", "key_overlap", "diversity"],
+        "made_from": ["key_neurons", "expert_tokens", "units"],
+        "data": list(DATA),
+        "models": list(MODELS),
+        "memory_gb": 8,
+    },
+    "masking": {
+        "tables": ["masking"],
+        "made_from": ["masking"],
+        "data": list(DATA),
+        "models": list(MODELS),
+        "memory_gb": 4,
+    },
+    "training": {
+        "tables": ["training", "phases"],
+        "made_from": ["checkpoints", "units"],
+        "models": list(TRAINED),
+        "memory_gb": 4,
+    },
+}
+SUMMARIES = {name: {"data": list(DATASETS)} | of for name, of in SUMMARIES.items() if of["models"]}
+TABLES = [table for of in SUMMARIES.values() for table in of["tables"]] + ["families"] * bool(FAMILIES)
 REPORTED = [
     *[
         "efficiency",
@@ -105,7 +140,7 @@ REPORTED = [
         "keep_only",
     ],
     *["contrasts", "faithfulness", "head_blocking", "tracing", "gate_gradients", "associations", "association_pairs"],
-    *["mutual_information"],
+    *["mutual_information", "utilization", "key_experts", "diversity", "masking", "training", "phases", "families"],
 ]
 SHARDS = [str(number) for number in range(config["shards"])]
 
@@ -145,7 +180,7 @@ def settings(*sections, of_dataset=(), of_model=(), load=(), **more):
         if load:
             model = MODELS[wildcards.model]
             values["load"] = {key: model[key] if model[key] not in ("", {}) else None for key in load}
-        values |= {key: DATASETS[wildcards.dataset][key] for key in of_dataset}
+        values |= {key: DATA[wildcards.dataset].get(key) for key in of_dataset}
         return values | {key: MODELS[wildcards.model][key] for key in of_model}
 
     return chosen
@@ -155,6 +190,19 @@ def model_files(wildcards):
     """The files that a model is known by: its description first, and what is trained here."""
     toy = wildcards.model in TOYS
     return [f"results/models/{wildcards.model}/{file}" for file in (CHECKPOINT_FILES if toy else CHECKPOINT_FILES[:1])]
+
+
+def state_of_training(wildcards):
+    """The file or folder that a state of a model is known by."""
+    if wildcards.checkpoint == "final":
+        return model_files(wildcards)
+    folder = f"results/models/{wildcards.model}/checkpoints"
+    return folder if wildcards.model in TOYS else f"{folder}/{wildcards.checkpoint}/model.json"
+
+
+def described(model):
+    """What the description of a model that is not trained here depends on."""
+    return {key: model.get(key, "") for key in ("hub", "revision", "folder", "kind", "trust_remote_code")}
 
 
 def gpus(wildcards):

@@ -21,7 +21,7 @@ rule fetch_dataset:
     benchmark:
         "results/logs/fetch_dataset/{dataset}.benchmark.tsv"
     wildcard_constraints:
-        dataset=one_of([name for name, dataset in DATASETS.items() if "hub" in dataset]),
+        dataset=one_of([name for name, data in DATA.items() if "hub" in data]),
     conda:
         "../../envs/model.yaml"
     threads: 1

@@ -3,6 +3,7 @@
 INPUT   results/{dataset}/dataset.parquet      the data set that toy models learn
 OUTPUT  results/models/{model}/model.json      where a model's files lie, its commit, the hash of each file
         results/models/{model}/                of a toy: its checkpoint (safetensors, tokenizer, config), training.json
+        results/models/{model}/checkpoints/    earlier states of it, a folder each
 """
 
 
@@ -17,6 +18,7 @@ rule train_toy:
         dataset=expand("results/{dataset}/dataset.parquet", dataset=config["toy_training"]["dataset"]),
     output:
         expand("results/models/{{model}}/{file}", file=CHECKPOINT_FILES),
+        checkpoints=directory("results/models/{model}/checkpoints"),
     log:
         "results/logs/train_toy/{model}.log",
     benchmark:
@@ -31,7 +33,7 @@ rule train_toy:
         runtime=30,
     params:
         code=code("train_toy.py"),
-        settings=settings("toy_training", of_model=["toy"]),
+        settings=settings("toy_training", of_model=["toy", "checkpoints"]),
     script:
         "../../scripts/train_toy.py"
 
@@ -56,9 +58,29 @@ rule describe_model:
         runtime=240,
     params:
         code=code("describe_model.py"),
-        settings=lambda wildcards: {
-            key: MODELS[wildcards.model].get(key, "")
-            for key in ("hub", "revision", "folder", "kind", "trust_remote_code")
-        },
+        settings=lambda wildcards: described(MODELS[wildcards.model]),
+    script:
+        "../../scripts/describe_model.py"
+
+
+rule describe_checkpoint:
+    """The same for an earlier state of a model: a revision of the hub."""
+    output:
+        description="results/models/{model}/checkpoints/{checkpoint}/model.json",
+    log:
+        "results/logs/describe_checkpoint/{model}/{checkpoint}.log",
+    benchmark:
+        "results/logs/describe_checkpoint/{model}/{checkpoint}.benchmark.tsv"
+    wildcard_constraints:
+        model=one_of([name for name in TRAINED if name not in TOYS]),
+    conda:
+        "../../envs/model.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(4),
+        runtime=240,
+    params:
+        code=code("describe_model.py"),
+        settings=lambda wildcards: described(MODELS[wildcards.model] | {"revision": wildcards.checkpoint}),
     script:
         "../../scripts/describe_model.py"

@@ -7,11 +7,16 @@ OUTPUT  results/tables/{table}.{csv,parquet}, the tables of SUMMARIES
 FOLDERS = {
     "attribution": [*UNIT_LEVELS, *NEURON_LEVELS, "queries", "value_layers", "readings"],
     "routing": ["loads", "gates", "router_attribution", "associations"],
-    "interventions": [*EXPERT_INTERVENTIONS, *INTERVENTIONS],
+    "interventions": [*EXPERT_INTERVENTIONS, *INTERVENTIONS, "masking"],
+    "utilization": ["key_neurons", "expert_tokens", "units"],
+    "training": ["checkpoints"],
 }
 FOLDER_OF = {kind: folder for folder, kinds in FOLDERS.items() for kind in kinds}
 PARTNERS = {name: model["dense_partner"] for name, model in MODELS.items() if model["dense_partner"]}
 PUBLISHED = {name: model["published"] for name, model in MODELS.items() if model["published"]}
+
+
+FAMILY_TABLES = ["utilization", "efficiency", "blocking"]
 
 
 rule tables:
@@ -28,12 +33,12 @@ for name, of in SUMMARIES.items():
             **{
                 kind: expand(
                     f"results/{{dataset}}/{{model}}/{FOLDER_OF[kind]}/{kind}.parquet",
-                    dataset=DATASETS,
+                    dataset=of["data"],
                     model=of["models"],
                 )
                 for kind in of["made_from"]
             },
-            prompts=expand("results/{dataset}/{model}/prompts.parquet", dataset=DATASETS, model=of["models"]),
+            prompts=expand("results/{dataset}/{model}/prompts.parquet", dataset=of["data"], model=of["models"]),
         output:
             [reported_table(table) for table in of["tables"] if table in REPORTED],
             [f"results/tables/{table}.csv" for table in of["tables"] if table not in REPORTED],
@@ -58,7 +63,32 @@ for name, of in SUMMARIES.items():
                 n_prompts=n_prompts_of_all(),
                 tables=of["tables"],
                 partners=PARTNERS,
-                runs=[[dataset, model] for dataset in DATASETS for model in of["models"]],
+                runs=[[dataset, model] for dataset in of["data"] for model in of["models"]],
+                expert_share=config["utilization"]["expert_share"] if name in ("utilization", "training") else None,
             ),
         script:
             "../../scripts/summarise.py"
+
+
+rule summarise_families:
+    """What one difference between toy models does, over seeds; from the tables of all."""
+    input:
+        **{name: f"results/tables/{name}.parquet" for name in FAMILY_TABLES},
+    output:
+        reported_table("families"),
+        "results/tables/families.parquet",
+    log:
+        "results/logs/summarise_families.log",
+    benchmark:
+        "results/logs/summarise_families.benchmark.tsv"
+    conda:
+        "../../envs/analysis.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1),
+        runtime=10,
+    params:
+        code=code("summarise_families.py"),
+        settings=dict(members=FAMILIES, confidence=config["statistics"]["confidence"]),
+    script:
+        "../../scripts/summarise_families.py"
