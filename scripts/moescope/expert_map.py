@@ -68,12 +68,13 @@ class Tree:
 class Start:
     """What variants start from: a clean run, its prompts as a tree, and what its experts got and gave.
 
-    `experts` has, by layer, states, expert ids and gate weights of the routed experts; `shared`, by (layer, i), what
+    `memory` has, by layer, the keys and values of the nodes [n heads head_dim]; `experts`, by layer, states, expert ids and gate weights of the routed experts; `shared`, by (layer, i), what
     shared expert i gives, and by (layer, i, "gate") the logit of its gate; all [b * length ...].
     """
 
     run: CleanRun
     tree: Tree
+    memory: Mapping[int, Sequence[Tensor]]
     experts: Mapping[int, Sequence[Tensor]]
     shared: Mapping[tuple, Tensor]
 
@@ -227,7 +228,12 @@ def start(model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "b length"]) 
             raise ResumeError(f"a norm follows the experts of layer {layer.index}")
     with _recorded(parts) as recorded:
         clean = clean_run(model, parts, ids, check=False)
-    begin = Start(clean, Tree.of(ids), *recorded)
+    tree = Tree.of(ids)
+    memory = dict[int, list[Tensor]]()
+    for layer in parts.layers:
+        kept: Any = clean.cache.layers[layer.index]
+        memory[layer.index] = [tree.at(x.transpose(1, 2)) for x in (kept.keys, kept.values)]
+    begin = Start(clean, tree, memory, *recorded)
     blocked = torch.zeros(1, *ids.shape, dtype=torch.bool)
     blocked[:, 0, ids.shape[1] // 2 :] = True
     no_unit = parts.layers[0].n_experts + len(parts.layers[0].shared)
@@ -273,7 +279,8 @@ def final_states(
                         branches.call(node[tokens], nodes + tokens, None, hidden[tokens])
                 above &= read
             tokens = _in_blocks(above)
-            hidden[tokens] = branches.call(node[tokens], nodes + tokens, seen[tokens], hidden[tokens])
+            found = branches.call(node[tokens], nodes + tokens, seen[tokens], hidden[tokens])
+            hidden.index_copy_(0, tokens.flatten().to(hidden.device), found.flatten(0, 1))
         entering = entry == layer.index
         hidden[entering] = tree.at(following, node[entering]).to(hidden)
         entering &= hit
@@ -296,9 +303,7 @@ class _Branches(DynamicCache):
     def __init__(self, begin: Start, layer: Layer, tokens: int) -> None:
         super().__init__()
         self.layer, self.tree, self.clean_call = layer, begin.tree, begin.run.calls[layer.index]
-        kept: Any = begin.run.cache.layers[layer.index]
-        nodes = (begin.tree.at(x.transpose(1, 2)) for x in (kept.keys, kept.values))
-        self.both = [torch.cat([x, x.new_zeros(tokens + 1, *x.shape[1:])]) for x in nodes]
+        self.both = [torch.cat([x, x.new_zeros(tokens + 1, *x.shape[1:])]) for x in begin.memory[layer.index]]
 
     def call(
         self,
@@ -325,7 +330,7 @@ class _Branches(DynamicCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         for kept, new in zip(self.both, (key_states, value_states), strict=True):
-            kept[self.own] = new.transpose(1, 2)
+            kept.index_copy_(0, self.own.flatten().to(kept.device), new.transpose(1, 2).flatten(0, 1))
         if self.seen is None:
             raise _Stored
         index = self.seen.flatten().to(key_states.device)

@@ -126,7 +126,7 @@ def ffn_neurons(layer: Layer, here: Mapping[str, Tensor]) -> Block | None:
         acts = here["acts" if name == "dense_" else f"{name}acts"].float()
         acts = acts if name == "dense_" else acts * here[f"{name}gate"].float().unsqueeze(-1)
         pieces.append(_scaled(dense.path, acts, here.get(f"{name}scale")))
-        used.append(torch.full((len(acts), 1), unit))
+        used.append(torch.full((len(acts), 1), unit, device=acts.device))
     return _block(layer.index, pieces, used, ffn_units(layer)) if pieces else None
 
 
