@@ -68,8 +68,9 @@ class Tree:
 class Start:
     """What variants start from: a clean run, its prompts as a tree, and what its experts got and gave.
 
-    `memory` has, by layer, the keys and values of the nodes [n heads head_dim]; `experts`, by layer, states, expert ids and gate weights of the routed experts; `shared`, by (layer, i), what
-    shared expert i gives, and by (layer, i, "gate") the logit of its gate; all [b * length ...].
+    `memory` has, by layer, the keys and values of the nodes [n heads head_dim]; `experts`, by layer, states, expert ids
+    and gate weights of the routed experts; `shared`, by (layer, i), what shared expert i gives, and by (layer, i,
+    "gate") the logit of its gate; the last two [b * length ...].
     """
 
     run: CleanRun
