@@ -7,6 +7,6 @@ settings = snakemake.params.settings
 
 tables = {name: artifacts.read_table(path, "table") for name, path in snakemake.input.items()}
 tables = {name: table[table["dataset"] == settings["dataset"]] for name, table in tables.items()}
-models = {"models": settings["models"], "toys": settings["toys"]}
-note = plots.note(tables[settings["figure"]], **settings["statistics"], seed=settings["seed"], **models)
+about = {key: settings[key] for key in ("seed", "models", "toys", "figure")}
+note = plots.note(tables[settings["figure"]], **settings["statistics"], **about)
 plots.draw(settings["figure"], tables, settings["models"], note, snakemake.output.figure)

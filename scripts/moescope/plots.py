@@ -217,18 +217,32 @@ def draw(figure: str, tables: Tables, models: Sequence[str], note: str, path: Pa
         )
 
 
+OTHER_INTERVALS = {
+    "utilization": "jackknife over subjects",
+    "rarefaction": "jackknife over subjects",
+    "diversity": "of the sets of samples",
+    "families": "Student's t over seeds of training",
+}
+"""Figures whose intervals are no bootstrap intervals."""
+
+
 def note(
-    table: pd.DataFrame, confidence: float, bootstrap_draws: int, seed: int, models: Sequence[str], toys: Sequence[str]
+    table: pd.DataFrame,
+    confidence: float,
+    bootstrap_draws: int,
+    seed: int,
+    models: Sequence[str],
+    toys: Sequence[str],
+    figure: str = "",
 ) -> str:
     """What every figure says below it: prompts, subjects, interval, seed, and which of the models are toys."""
     n, subjects = (max(table[column], default=0) for column in ("prompts", "subjects"))
     found = [model for model in models if model in toys]
     which = "" if len(found) == len(models) else f" ({', '.join(found)})"
     what = f"Toy-sized models, trained here{which}: findings about toy models.\n" if found else ""
-    drawn = f"; intervals: {confidence:.0%} bootstrap over subjects, {bootstrap_draws:,} draws, seed {seed}"
-    if "seeds" in table:
-        drawn = f"; intervals: {confidence:.0%}, Student's t over seeds of training"
-    has_intervals = any(column.endswith("low") for column in table)
+    how = OTHER_INTERVALS.get(figure, f"bootstrap over subjects, {bootstrap_draws:,} draws, seed {seed}")
+    drawn = f"; intervals: {confidence:.0%} {how}"
+    has_intervals = any(column.endswith("low") for column in table) and figure != "key_overlap"
     return f"{what}{n:,} prompts about {subjects:,} subjects{drawn if has_intervals else ''}."
 
 

@@ -754,6 +754,20 @@ def test_a_model_of_which_there_is_nothing_has_an_empty_panel(tmp_path, figure):
         assert all(model in (tmp_path / "figure.svg").read_text() for model in models)
 
 
+@pytest.mark.parametrize(
+    ("figure", "words"),
+    [
+        ("gains", "; intervals: 90% bootstrap over subjects, 200 draws, seed 0."),
+        ("rarefaction", "; intervals: 90% jackknife over subjects."),
+        ("families", "; intervals: 90% Student's t over seeds of training."),
+        ("key_overlap", " about 2 subjects."),
+    ],
+)
+def test_the_note_says_what_the_intervals_are(figure, words):
+    table = pd.DataFrame({"prompts": [3], "subjects": [2], "low": [0.0]})
+    assert plots.note(table, 0.9, 200, 0, ["moe"], [], figure).endswith(words)
+
+
 def test_the_certified_error_widens_an_interval():
     found = dict(tables.tables(["concentration"], {("facts", "moe"): run() | neuron_level()}, {}, BOOTSTRAP))
     one = row(found["concentration"], task="all", block="attention", metric="share")
