@@ -401,10 +401,8 @@ def test_measure_and_gather_checkpoints(run_rule, finished):
             ["neurons", "concentration", "additivity", "relation_neurons", "unit_readings", "queries"],
         ),
         ("summarise_heads", ["head_map", "head_blocking", "tracing"]),
-        (
-            "summarise_interventions",
-            ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness", "key_scores"],
-        ),
+        ("summarise_interventions", ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"]),
+        ("summarise_key_scores", ["key_scores"]),
         ("summarise_utilization", ["utilization", "rarefaction", "key_experts", "key_overlap", "diversity"]),
         ("summarise_masking", ["masking"]),
         ("summarise_training", ["training", "phases"]),
@@ -452,7 +450,7 @@ def test_every_rule_writes_its_log_and_benchmark(finished):
     by_rule = {"write_dataset", "train_toy", "capture", "gather_prompts", "filter_known", "attribute", "block_experts"}
     assert by_rule <= rules
     logs = list((finished / "results/logs").rglob("*.log"))
-    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 79
+    assert len(logs) == len(list((finished / "results/logs").rglob("*.benchmark.tsv"))) == 80
     verified = (finished / "results/logs/capture/facts/small-moe/0.log").read_text()
     assert "sum of heads = what attention adds to the residual stream" in verified
 

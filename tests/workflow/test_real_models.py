@@ -20,7 +20,6 @@ CONFIG = {
     "models": {
         "moe": {"folder": "models/moe", "kind": "moe", "dense_partner": "dense"},
         "dense": {"folder": "models/dense", "kind": "dense"},
-        "hub": {"hub": "owner/moe", "kind": "moe", "dense_partner": "dense"},
     },
     "blocking": {"top": [1], "random_draws": 2},
     "keep_only": {"top": [1]},
@@ -33,13 +32,16 @@ CONFIG = {
     "statistics": {"bootstrap_draws": 100},
     "batch_size": 8,
 }
+HUB = CONFIG | {"models": CONFIG["models"] | {"hub": {"hub": "owner/moe", "kind": "moe", "dense_partner": "dense"}}}
+LEVELS = ["layers", "heads", "experts", "margins"]
+OF_THE_HUB = [f"results/lre/hub/attribution/{level}.parquet" for level in LEVELS]
 # Every layer but the first has experts.
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0]}
 SUMMARIES = {
     f"summarise_{name}"
     for name in (
         *("attribution", "neurons", "heads", "interventions", "steering", "routing"),
-        *("utilization", "masking"),
+        *("utilization", "key_scores", "masking"),
     )
 }
 NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
@@ -71,13 +73,14 @@ def checkpoint(folder, tokenizer, architecture, dtype="float32", **settings):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, tokenizer):
-    """A finished run of three models: two that are the same weights, in a folder and on the hub, and a dense one."""
+    """Two models to their tables; the weights of one, from the hub, to the attribution of units."""
     folder = small.make(tmp_path_factory.mktemp("real") / "run", CONFIG)
     small.lre(folder / "data/lre")
     checkpoint(folder / "models/moe", tokenizer, "qwen3_moe", **MOE)
     checkpoint(folder / "models/dense", tokenizer, "llama", dtype="bfloat16")
     small.cached(folder / "models/moe", folder / "home", "owner/moe")
     small.snakemake(folder, "tables")
+    small.snakemake(small.configure(folder, HUB), *OF_THE_HUB)
     return folder
 
 
@@ -125,7 +128,7 @@ def test_the_prompts_are_those_of_the_relations_asked_for(real):
     assert list(dict.fromkeys(table["relation"])) == list(sources.PRESETS["ka"])
     assert dict(zip(table["relation"], table["task"])) == sources.KA_TASKS
     assert json.loads((real / "results/lre/reading.json").read_text()) == {"records": 20, "rows": 20}
-    for model in CONFIG["models"]:
+    for model in HUB["models"]:
         prompts = artifacts.read_table(real / f"results/lre/{model}/prompts.parquet", "prompts")
         assert prompts["prompt"].tolist() == table["prompt"].tolist()
 
@@ -134,7 +137,7 @@ def test_the_tables_have_every_model_and_only_layers_with_experts(real):
     tables = small.tables(real)
     assert len(tables) == 38
     for name, table in tables.items():
-        assert set(table["model"]) == {"moe", "hub"} | ({"dense"} if name in OF_ALL else set()), name
+        assert set(table["model"]) == {"moe"} | ({"dense"} if name in OF_ALL else set()), name
         # Of untrained models noise takes nothing away that could come back, and some pairs of experts never meet.
         counted = ["prompts", "subjects"]
         estimates = [] if name in ("tracing", "coactivation") else ["estimate", "low", "high"]
@@ -146,29 +149,28 @@ def test_the_tables_have_every_model_and_only_layers_with_experts(real):
     efficiency = tables["efficiency"].fillna("")
     assert set(zip(efficiency["model"], efficiency["kind"], efficiency["minus"])) == {
         ("moe", "moe", ""),
-        ("hub", "moe", ""),
         ("dense", "dense", ""),
         ("moe", "moe", "dense"),
-        ("hub", "moe", "dense"),
     }
 
 
 def test_a_model_of_the_hub_gives_what_the_same_weights_in_a_folder_give(real):
-    for path in sorted((real / "results/tables").glob("*.parquet")):
-        table = artifacts.read_table(path, "table")
-        moe, hub = (table[table["model"] == model].drop(columns="model") for model in ("moe", "hub"))
-        assert len(moe)
-        pd.testing.assert_frame_equal(
-            moe.reset_index(drop=True), hub.reset_index(drop=True), check_exact=True, obj=path.stem
+    for level in LEVELS:
+        moe, hub = (
+            artifacts.read_table(real / f"results/lre/{model}/attribution/{level}.parquet", level)
+            for model in ("moe", "hub")
         )
+        assert len(moe)
+        pd.testing.assert_frame_equal(moe, hub, check_exact=True, obj=level)
 
 
 def test_a_second_run_does_nothing_even_where_the_revision_has_moved(real):
     (real / "home/hub/models--owner--moe/refs/main").write_text("f" * 40)
-    assert small.planned(real, "tables") == {}
+    assert small.planned(real, *OF_THE_HUB) == {}
 
 
 def test_of_a_folder_only_what_is_loaded_counts_and_only_its_content(copy_of_real):
+    small.configure(copy_of_real, CONFIG)
     folder = copy_of_real / "models/moe"
     (folder / "README.md").write_text("about")
     for path in folder.iterdir():
@@ -261,9 +263,9 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(refused, model):
 
 def test_revisions_of_a_hub_model_are_states_of_its_training(copy_of_real):
     refs = copy_of_real / "home/hub/models--owner--moe/refs"
-    (refs / "step1").write_text((refs / "main").read_text())
-    hub = CONFIG["models"]["hub"] | {"checkpoints": {"step1": 7}}
-    small.configure(copy_of_real, CONFIG | {"models": CONFIG["models"] | {"hub": hub}})
+    (refs / "step1").write_text(small.COMMIT)
+    hub = HUB["models"]["hub"] | {"checkpoints": {"step1": 7}}
+    small.configure(copy_of_real, HUB | {"models": HUB["models"] | {"hub": hub}})
     target = "results/lre/hub/training/checkpoints.parquet"
     planned = small.planned(copy_of_real, target)
     assert planned == {"describe_checkpoint": 1, "measure_checkpoint": 1, "gather_checkpoints": 1}

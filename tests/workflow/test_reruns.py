@@ -10,7 +10,8 @@ PLOTS_OF = {
     "summarise_attribution": ["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
     "summarise_neurons": ["neurons", "concentration", "additivity", "queries"],
     "summarise_heads": ["head_map", "head_blocking", "tracing"],
-    "summarise_interventions": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness", "key_scores"],
+    "summarise_interventions": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
+    "summarise_key_scores": ["key_scores"],
     "summarise_steering": ["router_attribution", "associations", "head_router", "gate_gradients"],
     "summarise_routing": ["routing", "mutual_information", "expert_use", "task_overlap"],
     "summarise_utilization": ["utilization", "rarefaction", "key_experts", "key_overlap", "diversity"],
@@ -38,7 +39,7 @@ AFTER_UNITS = {"attribute", "attribute_routers", "block_experts", "block_heads",
 )
 AFTER_ATTRIBUTION = AFTER_UNITS | AFTER_NEURONS
 AFTER_KEYS = {*OF_KEYS, *OF_TRAINING} | drawn(
-    "summarise_interventions", "summarise_utilization", "summarise_masking", "summarise_training"
+    "summarise_utilization", "summarise_key_scores", "summarise_masking", "summarise_training"
 )
 OF_PROMPTS = OF_NEURONS | OF_ROUTING | OF_EXPERTS | OF_HEADS | OF_KEYS | OF_TRAINING
 AFTER_FILTER = {"filter_known", "attribute", *OF_PROMPTS, *TABLES, *PLOTS}
@@ -64,10 +65,10 @@ def test_a_second_run_does_nothing(copy_of_finished):
     [
         ("plots", PLOTS),
         ("tables", TABLES | PLOTS),
-        ("lens", AFTER_ATTRIBUTION | {"sweep_heads", "trace_gates"}),
+        ("lens", AFTER_ATTRIBUTION | AFTER_KEYS | {"sweep_heads", "trace_gates"}),
         ("attribution", AFTER_UNITS),
         ("rankings", AFTER_NEURONS),
-        ("bounds", AFTER_NEURONS),
+        ("bounds", AFTER_NEURONS | OF_TRAINING | drawn("summarise_training")),
         ("queries", {"attribute_queries", *drawn("summarise_neurons")}),
         ("reading", {"read_units", *drawn("summarise_neurons")}),
         (
@@ -80,7 +81,7 @@ def test_a_second_run_does_nothing(copy_of_finished):
         ("tracing", {"trace_causes", *drawn("summarise_heads")}),
         ("routing", {"analyse_routing", *drawn("summarise_routing")}),
         ("router_attribution", {"attribute_routers", *drawn("summarise_steering")}),
-        ("utilization", AFTER_KEYS - {"mask_keys"} - drawn("summarise_masking")),
+        ("utilization", AFTER_KEYS),
         ("masking", {"mask_keys", *drawn("summarise_masking")}),
         ("training", OF_TRAINING | drawn("summarise_training")),
         ("capture", AFTER_MODELS),

@@ -83,11 +83,8 @@ SUMMARIES = {
         "memory_gb": 4,
     },
     "interventions": {
-        "tables": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness", "key_scores"],
-        "made_from": [
-            *["layers", "experts", "blocking", "keep_only", "expert_map"],
-            *["key_neurons", "expert_tokens", "units"],
-        ],
+        "tables": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
+        "made_from": ["layers", "experts", "blocking", "keep_only", "expert_map"],
         "models": MOE,
         "memory_gb": 4,
     },
@@ -111,6 +108,12 @@ SUMMARIES |= {
         "data": list(DATA),
         "models": list(MODELS),
         "memory_gb": 8,
+    },
+    "key_scores": {
+        "tables": ["key_scores"],
+        "made_from": ["key_neurons", "expert_tokens", "units", "experts"],
+        "models": MOE,
+        "memory_gb": 4,
     },
     "masking": {
         "tables": ["masking"],
