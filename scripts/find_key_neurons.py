@@ -6,12 +6,12 @@ from moescope import anatomy, artifacts, checkpoints, logs, utilization
 
 logs.to_file_and_terminal(snakemake.log[0])
 torch.set_num_threads(snakemake.threads)
-settings, of = snakemake.params.settings, snakemake.params.settings["utilization"]
+settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
 parts = anatomy.find(model)
-how = {name: of[name] for name in ("score", "threshold", "share")}
+how = settings["utilization"]
 key_neurons, expert_tokens = utilization.find(model, parts, prompts, settings["batch_size"], **how)
 
 inherited = artifacts.table_provenance(snakemake.input.prompts)

@@ -14,9 +14,8 @@ settings, source = snakemake.params.settings, snakemake.input.prompts
 path = Path(next(file for file in snakemake.input if file != source))
 description = artifacts.read_json(path / settings["checkpoint"] / "model.json" if path.is_dir() else path)
 model, _ = checkpoints.load(checkpoints.folder_of(description), **settings["load"])
-how = {key: settings["utilization"][key] for key in ("score", "threshold", "share")}
 prompts = artifacts.read_table(source, "prompts")
-table = training.measure(model, anatomy.find(model), prompts, settings["batch_size"], **how)
+table = training.measure(model, anatomy.find(model), prompts, settings["batch_size"], **settings["utilization"])
 
 identity = checkpoints.identity(model, description)
 made_by = artifacts.provenance(settings, snakemake.params.code, artifacts.table_provenance(source), **identity)

@@ -245,7 +245,11 @@ def test_other_families_score_what_their_neurons_add(name):
 @pytest.mark.parametrize("architecture", ["qwen2_moe", "llama"])
 def test_batches_their_order_padding_and_pieces_change_nothing(build, tokenizer, architecture):
     model = build(architecture)
-    parts, prompts = anatomy.find(model), random_samples(8, len(tokenizer), seed=1)
+
+    def hooks():
+        return [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+    parts, prompts, before = anatomy.find(model), random_samples(8, len(tokenizer), seed=1), hooks()
     tables = utilization.find(model, parts, prompts, 12, share=0.05)
     assert tables[0]["prompt_id"].tolist() == prompts["prompt_id"].tolist()
     # One token in use holds at least one neuron: every response runs in pieces of one token.
@@ -253,9 +257,7 @@ def test_batches_their_order_padding_and_pieces_change_nothing(build, tokenizer,
         again = utilization.find(model, parts, prompts[::order], batch_size, share=0.05, held=held)
         for table, expected in zip(again, tables, strict=True):
             pd.testing.assert_frame_equal(table, expected)
-    assert not [
-        hook for module in model.modules() for hook in (module._forward_hooks, module._forward_pre_hooks) if hook
-    ]
+    assert hooks() == before
 
 
 def test_pieces_cover_every_response_token_once_and_bound_what_is_held():
