@@ -45,7 +45,7 @@ def trained(shape, prompts):
     tokens, _ = facts.tokenise(tokenizer, prompts)
     model = toy.build(shape, len(tokenizer), seed=0)
     # Without train's check that the facts are in the FFNs, which models with few experts fail: costs are the same.
-    toy._fit(model, tokens[~tokens["held_out"]], 0, toy.Recipe())
+    toy._fit(model, tokens[~tokens["held_out"]], 0, toy.Recipe(), {})
     model.requires_grad_(False)
     parts = anatomy.find(model)
     held_out = tokens[tokens["held_out"]].reset_index(drop=True)
