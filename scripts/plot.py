@@ -1,12 +1,13 @@
-"""Snakemake script: one figure of one data set, from the result tables."""
+"""Snakemake script: the figures of one data set that a group of result tables makes."""
 
 from moescope import artifacts, logs, plots
 
 logs.to_file_and_terminal(snakemake.log[0])
 settings = snakemake.params.settings
 
-tables = {name: artifacts.read_table(path, "table") for name, path in snakemake.input.items()}
-tables = {name: table[table["dataset"] == settings["dataset"]] for name, table in tables.items()}
-about = {key: settings[key] for key in ("seed", "models", "toys", "figure")}
-note = plots.note(tables[settings["figure"]], **settings["statistics"], **about)
-plots.draw(settings["figure"], tables, settings["models"], note, snakemake.output.figure)
+about = {"seed": settings["seed"], "toys": settings["toys"], **settings["statistics"]}
+for figure, path in snakemake.output.items():
+    table = artifacts.read_table(snakemake.input[figure], "table")
+    table, models = table[table["dataset"] == settings["dataset"]], settings["models"][figure]
+    note = plots.note(table, figure=figure, models=models, **about)
+    plots.draw(figure, {figure: table}, models, note, path)

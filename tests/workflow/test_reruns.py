@@ -6,26 +6,20 @@ import pytest
 
 import small
 
-PLOTS_OF = {
-    "summarise_attribution": ["gains", "stages", "efficiency", "heads", "experts", "expert_curves"],
-    "summarise_neurons": ["neurons", "concentration", "additivity", "queries"],
-    "summarise_heads": ["head_map", "head_blocking", "tracing"],
-    "summarise_interventions": ["blocking", "keep_only", "contrasts", "expert_map", "faithfulness"],
-    "summarise_key_scores": ["key_scores"],
-    "summarise_steering": ["router_attribution", "associations", "head_router", "gate_gradients"],
-    "summarise_routing": ["routing", "mutual_information", "expert_use", "task_overlap"],
-    "summarise_utilization": ["utilization", "rarefaction", "key_experts", "key_overlap", "diversity"],
-    "summarise_masking": ["masking"],
-    "summarise_training": ["training"],
+TABLES = {
+    f"summarise_{name}"
+    for name in (
+        *("attribution", "neurons", "heads", "interventions", "steering", "routing"),
+        *("utilization", "key_scores", "masking", "training"),
+    )
 }
 
 
 def drawn(*rules):
     """Rules that make tables, and those that draw them."""
-    return {*rules, *(f"plot_{figure}" for rule in rules for figure in PLOTS_OF[rule])}
+    return {*rules, *(rule.replace("summarise", "plot") for rule in rules)}
 
 
-TABLES = {*PLOTS_OF}
 PLOTS = drawn(*TABLES) - TABLES
 OF_NEURONS = {"attribute_neurons", "attribute_queries", "read_units"}
 OF_ROUTING = {"analyse_routing", "attribute_routers"}

@@ -1,10 +1,10 @@
-"""Figures, one rule each, so that each has its own caption in the report.
+"""Figures: one job draws those of a group of tables, and each has its own caption in the report.
 
 INPUT   results/tables/*.parquet
 OUTPUT  results/figures/{dataset}.{figure}.svg
 """
 
-# Figures, by the models that they show; those of tasks are made of text tasks as well.
+# Figures, by the models that they show.
 FIGURE_MODELS = {
     **dict.fromkeys(
         [
@@ -27,50 +27,62 @@ FIGURE_MODELS = {
     "families": list(FAMILIES),
 }
 FIGURE_MODELS = {figure: models for figure, models in FIGURE_MODELS.items() if models}
-OF_TASKS = ["utilization", "rarefaction", "key_experts", "key_overlap", "diversity", "masking"]
-FIGURE_DATA = {figure: list(DATA if figure in OF_TASKS else DATASETS) for figure in FIGURE_MODELS}
+FIGURES = {
+    name: [table for table in of["tables"] if table in FIGURE_MODELS]
+    for name, of in (SUMMARIES | {"families": {"tables": ["families"]}}).items()
+}
+FIGURE_DATA = {name: SUMMARIES.get(name, {"data": list(DATASETS)})["data"] for name in FIGURES}
 
 
 rule figures:
     input:
-        [f"results/figures/{dataset}.{figure}.svg" for figure in FIGURE_MODELS for dataset in FIGURE_DATA[figure]],
+        [
+            f"results/figures/{dataset}.{figure}.svg"
+            for name, drawn in FIGURES.items()
+            for figure in drawn
+            for dataset in FIGURE_DATA[name]
+        ],
 
 
-for figure, models in FIGURE_MODELS.items():
+for name, drawn in FIGURES.items():
 
-    rule:
-        name:
-            f"plot_{figure}"
-        input:
-            **{figure: f"results/tables/{figure}.parquet"},
-        output:
-            figure=report(
-                f"results/figures/{{dataset}}.{figure}.svg",
-                caption=f"../report/{figure}.rst",
-                category="Figures",
-                labels={"figure": figure, "data set": "{dataset}"},
-            ),
-        log:
-            f"results/logs/plot/{{dataset}}.{figure}.log",
-        benchmark:
-            f"results/logs/plot/{{dataset}}.{figure}.benchmark.tsv"
-        wildcard_constraints:
-            dataset=one_of(FIGURE_DATA[figure]),
-        conda:
-            "../../envs/analysis.yaml"
-        threads: 1
-        resources:
-            mem_mb=memory(1),
-            runtime=10,
-        params:
-            code=code("plot.py"),
-            settings=settings(
-                "seed",
-                "statistics",
-                of_dataset=["n_prompts"],
-                figure=figure,
-                models=models,
-                toys=TOYS,
-            ),
-        script:
-            "../../scripts/plot.py"
+    if drawn:
+
+        rule:
+            name:
+                f"plot_{name}"
+            input:
+                **{figure: f"results/tables/{figure}.parquet" for figure in drawn},
+            output:
+                **{
+                    figure: report(
+                        f"results/figures/{{dataset}}.{figure}.svg",
+                        caption=f"../report/{figure}.rst",
+                        category="Figures",
+                        labels={"figure": figure, "data set": "{dataset}"},
+                    )
+                    for figure in drawn
+                },
+            log:
+                f"results/logs/plot_{name}/{{dataset}}.log",
+            benchmark:
+                f"results/logs/plot_{name}/{{dataset}}.benchmark.tsv"
+            wildcard_constraints:
+                dataset=one_of(FIGURE_DATA[name]),
+            conda:
+                "../../envs/analysis.yaml"
+            threads: 1
+            resources:
+                mem_mb=memory(1),
+                runtime=10,
+            params:
+                code=code("plot.py"),
+                settings=settings(
+                    "seed",
+                    "statistics",
+                    of_dataset=["n_prompts"],
+                    models={figure: FIGURE_MODELS[figure] for figure in drawn},
+                    toys=TOYS,
+                ),
+            script:
+                "../../scripts/plot.py"
