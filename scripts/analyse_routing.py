@@ -1,11 +1,9 @@
 """Snakemake script: which experts every prompt chooses, and how clearly, from the cache."""
 
-import torch
-
-from moescope import artifacts, logs, routing
+from moescope import artifacts, devices, logs, routing
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads)
 
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
 tables = routing.summarise(snakemake.input.activations, prompts)

@@ -1,11 +1,9 @@
 """Snakemake script: attribute the targets to layers, heads and experts, from the cache."""
 
-import torch
-
-from moescope import anatomy, artifacts, attribution, checkpoints, logs
+from moescope import anatomy, artifacts, attribution, checkpoints, devices, logs
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

@@ -1,11 +1,9 @@
 """Snakemake script: the strongest neurons of each prompt and relation, from the cache."""
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, rankings
+from moescope import anatomy, artifacts, checkpoints, devices, logs, rankings
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

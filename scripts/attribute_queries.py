@@ -2,12 +2,10 @@
 
 import logging
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, queries
+from moescope import anatomy, artifacts, checkpoints, devices, logs, queries
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings, source = snakemake.params.settings, snakemake.input
 
 model, _ = checkpoints.load_described(source.model[0], **settings["load"])

@@ -1,11 +1,9 @@
 """Snakemake script: who steers the routers, from the cache: logits by source, and heads that go with experts."""
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, router_attribution
+from moescope import anatomy, artifacts, checkpoints, devices, logs, router_attribution
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

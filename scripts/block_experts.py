@@ -1,11 +1,9 @@
 """Snakemake script: block each relation's best experts and matched random ones."""
 
-import torch
-
-from moescope import ablations, anatomy, artifacts, checkpoints, logs
+from moescope import ablations, anatomy, artifacts, checkpoints, devices, logs
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

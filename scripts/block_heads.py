@@ -1,11 +1,9 @@
 """Snakemake script: block each relation's best heads and random ones, with routing free and forced."""
 
-import torch
-
-from moescope import ablations, anatomy, artifacts, checkpoints, logs, steering
+from moescope import ablations, anatomy, artifacts, checkpoints, devices, logs, steering
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 how = settings["head_blocking"]
 

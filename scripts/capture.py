@@ -1,11 +1,9 @@
 """Snakemake script: run the prompts of a shard and record the activation cache."""
 
-import torch
-
-from moescope import anatomy, artifacts, capture, checkpoints, facts, logs
+from moescope import anatomy, artifacts, capture, checkpoints, devices, facts, logs
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings, output = snakemake.params.settings, snakemake.output
 
 description = artifacts.read_json(snakemake.input.model[0])

@@ -1,11 +1,9 @@
 """Snakemake script: the key neurons of every sample, and the experts that its response tokens use."""
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, utilization
+from moescope import anatomy, artifacts, checkpoints, devices, logs, utilization
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

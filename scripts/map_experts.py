@@ -1,11 +1,9 @@
 """Snakemake script: block every expert that a prompt uses, one at a time."""
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, expert_map, logs
+from moescope import anatomy, artifacts, checkpoints, devices, expert_map, logs
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

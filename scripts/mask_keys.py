@@ -1,11 +1,9 @@
 """Snakemake script: mask each task's key neurons and key experts, and matched random ones, and measure all tasks."""
 
-import torch
-
-from moescope import ablations, anatomy, artifacts, checkpoints, logs, masking
+from moescope import ablations, anatomy, artifacts, checkpoints, devices, logs, masking
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 of = settings["masking"]
 

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, training
+from moescope import anatomy, artifacts, checkpoints, devices, logs, training
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings, source = snakemake.params.settings, snakemake.input.prompts
 
 # A description, or a folder of a toy model's checkpoints; whether it is one file or the first of several.

@@ -1,11 +1,9 @@
 """Snakemake script: the tokens that each relation's strongest experts, heads and neurons promote and suppress."""
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, reading
+from moescope import anatomy, artifacts, checkpoints, devices, logs, reading
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads)
 settings, source = snakemake.params.settings, snakemake.input
 
 model, tokenizer = checkpoints.load_described(source.model[0], **settings["load"])

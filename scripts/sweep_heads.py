@@ -1,11 +1,9 @@
 """Snakemake script: block every head alone at the readout position, and see what the routers do."""
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, steering
+from moescope import anatomy, artifacts, checkpoints, devices, logs, steering
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

@@ -1,11 +1,9 @@
 """Snakemake script: what of a clean run brings the answer back when the subject is corrupted."""
 
-import torch
-
-from moescope import anatomy, artifacts, checkpoints, logs, tracing
+from moescope import anatomy, artifacts, checkpoints, devices, logs, tracing
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

@@ -1,11 +1,9 @@
 """Snakemake script: integrated gradients of gate probabilities over the heads' outputs, on a sample of prompts."""
 
-import torch
-
-from moescope import ablations, anatomy, artifacts, checkpoints, logs, steering
+from moescope import ablations, anatomy, artifacts, checkpoints, devices, logs, steering
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

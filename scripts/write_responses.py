@@ -1,12 +1,11 @@
 """Snakemake script: tokenise a text task, and let the model write the responses that it lacks."""
 
 import pandas as pd
-import torch
 
-from moescope import artifacts, checkpoints, logs, responses, texts
+from moescope import artifacts, checkpoints, devices, logs, responses, texts
 
 logs.to_file_and_terminal(snakemake.log[0])
-torch.set_num_threads(snakemake.threads)
+devices.use(snakemake.threads, snakemake.resources.gpu)
 settings, output = snakemake.params.settings, snakemake.output
 
 description = artifacts.read_json(snakemake.input.model[0])

@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 LIBRARY = (
     "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints config"
-    " drawing expert_map facts intervene lens logs masking masking_plots masking_tables miniature models neurons planted"
+    " devices drawing expert_map facts intervene lens logs masking masking_plots masking_tables miniature models neurons planted"
     " plots published queries rankings reading resume responses router_attribution routing routing_plots routing_tables"
     " samples sources stats steering steering_plots steering_tables summaries tables texts toy tracing training"
     " training_plots training_tables utilization utilization_plots utilization_tables __init__"
