@@ -106,13 +106,13 @@ def lre(folder: Path) -> Path:
     return folder
 
 
-def cached(files: Path, home: Path, repository: str, kind: str = "models") -> Path:
+def cached(files: Path, home: Path, repository: str, kind: str = "models", commit: str = COMMIT) -> Path:
     """Lay a folder into the hub's cache by hand, as the newest commit of a repository; where its files lie there."""
     place = home / "hub" / f"{kind}--{repository.replace('/', '--')}"
-    snapshot = place / "snapshots" / COMMIT
+    snapshot = place / "snapshots" / commit
     for part in (place / "blobs", place / "refs", snapshot):
         part.mkdir(parents=True)
-    (place / "refs/main").write_text(COMMIT)
+    (place / "refs/main").write_text(commit)
     for path in files.iterdir():
         content = path.read_bytes()
         # The hub's name of a file: SHA-256 of large ones, git's own hash of the others.

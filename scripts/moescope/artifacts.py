@@ -94,19 +94,24 @@ def provenance(
 
     From the provenance of an artifact that it was made from it inherits what names the data and the model.
     """
-    versions = {"moescope": __version__}
-    for package in ("torch", "transformers", "numpy", "pandas", "pyarrow", "snakemake"):
-        with suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
     return {
         **names(inherited or {}),
         "settings": dict(settings),
         "settings_digest": digest(json.dumps(settings, sort_keys=True).encode()),
         "code_digest": code,
-        "versions": versions,
+        "versions": versions(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         **more,
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of those that results depend on, where they are installed."""
+    found = {"moescope": __version__}
+    for package in ("torch", "transformers", "numpy", "pandas", "pyarrow", "snakemake"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def names(made_by: Mapping[str, Any]) -> dict[str, Any]:

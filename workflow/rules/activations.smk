@@ -27,8 +27,7 @@ rule capture:
         dropped="results/{dataset}/{model}/activations/{shard}.dropped.parquet",
     log:
         "results/logs/capture/{dataset}/{model}/{shard}.log",
-    benchmark:
-        "results/logs/capture/{dataset}/{model}/{shard}.benchmark.tsv"
+    cache: True
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -39,6 +38,7 @@ rule capture:
     params:
         code=code("capture.py"),
         settings=settings("batch_size", "shards", of_dataset=["templates", "answer"], of_model=["moe"], load=LOADING),
+        shared_as=shared_as,
     script:
         "../../scripts/capture.py"
 

@@ -1,5 +1,6 @@
 """What all rules share: the checked configuration, the code digests, the wildcards. No rules here."""
 
+import os
 import sys
 from functools import cache
 from modulefinder import ModuleFinder
@@ -22,7 +23,7 @@ for name in LIBRARY:
     SCRIPTS = Path(workflow.source_path(f"../../scripts/moescope/{name}.py")).parents[1]
 sys.path.append(str(SCRIPTS))
 
-from moescope.artifacts import digest
+from moescope.artifacts import digest, read_json, table_provenance, versions
 from moescope.config import CHECKPOINT_FILES, ConfigError, family_members, is_moe, model_sources, resolve
 from moescope.config import source_files, wanted_relations, yaml_error
 from moescope.facts import n_prompts
@@ -187,6 +188,19 @@ def settings(*sections, of_dataset=(), of_model=(), load=(), **more):
         return values | {key: MODELS[wildcards.model][key] for key in of_model}
 
     return chosen
+
+
+def shared_as(wildcards, input):
+    """What an entry of the shared cache is known by beside settings, code and the jobs before it (`--cache`).
+
+    Versions of what computes it, and what moving revisions were resolved to. A param that depends on `input` is part
+    of the entry's key but, to Snakemake, no reason to run again.
+    """
+    if workflow.output_file_cache is None or not all(map(os.path.exists, input)):
+        return {}
+    commits = [read_json(path)["commit"] for path in input if path.endswith("/model.json")]
+    digests = [table_provenance(path)["dataset_digest"] for path in input if path.endswith("/dataset.parquet")]
+    return {"versions": versions(), "commits": commits, "digests": digests}
 
 
 def model_files(wildcards):

@@ -17,14 +17,13 @@ rule train_toy:
     input:
         dataset=expand("results/{dataset}/dataset.parquet", dataset=config["toy_training"]["dataset"]),
     output:
-        expand("results/models/{{model}}/{file}", file=CHECKPOINT_FILES),
+        **{file.replace(".", "_"): f"results/models/{{model}}/{file}" for file in CHECKPOINT_FILES},
         checkpoints=directory("results/models/{model}/checkpoints"),
     log:
         "results/logs/train_toy/{model}.log",
-    benchmark:
-        "results/logs/train_toy/{model}.benchmark.tsv"
     wildcard_constraints:
         model=one_of(TOYS),
+    cache: True
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -34,6 +33,7 @@ rule train_toy:
     params:
         code=code("train_toy.py"),
         settings=settings("toy_training", of_model=["toy", "checkpoints"]),
+        shared_as=shared_as,
     script:
         "../../scripts/train_toy.py"
 
