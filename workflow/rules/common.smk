@@ -198,8 +198,8 @@ def shared_as(wildcards, input):
     """
     if workflow.output_file_cache is None or not all(map(os.path.exists, input)):
         return {}
-    commits = [read_json(path)["commit"] for path in input if path.endswith("/model.json")]
-    digests = [table_provenance(path)["dataset_digest"] for path in input if path.endswith("/dataset.parquet")]
+    commits = [read_json(path)["commit"] for path in input if Path(path).name == "model.json"]
+    digests = [table_provenance(path)["dataset_digest"] for path in input if Path(path).name == "dataset.parquet"]
     return {"versions": versions(), "commits": commits, "digests": digests}
 
 
