@@ -1,6 +1,5 @@
 """Snakemake script: fetch a model or look into its folder, check its structure in miniature, describe it."""
 
-import json
 import logging
 
 from moescope import artifacts, checkpoints, logs, miniature
@@ -15,4 +14,4 @@ else:
     description = checkpoints.describe(settings["folder"], trust_remote_code=trust)
 foreseen = miniature.foresee(checkpoints.config_of(description, trust), moe=settings["kind"] == "moe")
 logging.info("%s: %s", description["commit"], foreseen)
-artifacts.write_text(json.dumps(description | {"foreseen": foreseen}, indent=2), snakemake.output.description)
+artifacts.write_json(description | {"foreseen": foreseen}, snakemake.output.description)

@@ -1,6 +1,5 @@
 """Snakemake script: fetch the files of a data set of the hub, and record their commit."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,4 +12,4 @@ settings, output = snakemake.params.settings, Path(snakemake.output.source)
 shutil.rmtree(output.with_suffix(""), ignore_errors=True)
 commit = sources.fetch(settings["hub"], settings["revision"], settings["files"], output.with_suffix(""))
 record = {"hub": settings["hub"], "requested": settings["revision"], "commit": commit, "files": settings["files"]}
-artifacts.write_text(json.dumps(record, indent=2), output)
+artifacts.write_json(record, output)

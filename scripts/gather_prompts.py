@@ -1,7 +1,5 @@
 """Snakemake script: put the shards' prompts together and index the cache."""
 
-import json
-
 import pandas as pd
 
 from moescope import artifacts, logs
@@ -15,4 +13,4 @@ for kind in ("prompts", "dropped"):
     made_by = artifacts.provenance(settings, code, artifacts.table_provenance(snakemake.input[kind][0]))
     artifacts.write_table(table, snakemake.output[kind], kind, made_by)
 index = artifacts.tensor_index(snakemake.input.activations, "activations")
-artifacts.write_text(json.dumps(index, indent=2), snakemake.output.index)
+artifacts.write_json(index, snakemake.output.index)

@@ -1,6 +1,5 @@
 """Snakemake script: train a toy model on the facts."""
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -25,4 +24,4 @@ report = toy.train(
 (folder / "checkpoints").mkdir(exist_ok=True)
 logging.info("trained: %s", {key: report[key] for key in ("hit10", "mrr", "mrr_without", "cpu_seconds")})
 for place in [*(folder / "checkpoints" / name for name in steps), folder]:
-    artifacts.write_text(json.dumps(checkpoints.describe(place, source="toy"), indent=2), place / "model.json")
+    artifacts.write_json(checkpoints.describe(place, source="toy"), place / "model.json")

@@ -1,6 +1,5 @@
 """Snakemake script: check the facts of a data set and write their prompts."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -19,5 +18,5 @@ else:
     table, counts = sources.read(settings["format"], path, name=settings["dataset"], **wanted)
 logging.info("%s: %s", settings["dataset"], counts)
 made_by = artifacts.provenance(settings, code, dataset_digest=facts.dataset_digest(table), reading=counts)
-artifacts.write_text(json.dumps(counts, indent=2), snakemake.output.reading)
+artifacts.write_json(counts, snakemake.output.reading)
 artifacts.write_table(table, snakemake.output.table, "dataset", made_by)

@@ -1,17 +1,22 @@
-"""Reading and writing of artifacts: Parquet for tables, safetensors for tensors, both with provenance.
+"""Reading and writing of artifacts: Parquet for tables, safetensors for tensors, both with provenance, and JSON.
 
 A file appears whole or not at all: it is written beside its place, flushed to disk and renamed.
 Each file names its kind and its schema version; a reader refuses what it does not know.
+Each file holds a seal, the SHA-256 of the whole file with zeros in the seal's place; a reader refuses what has
+another content than was sealed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -26,6 +31,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KEY = "moescope"
+SEAL_KEY = "seal"
+MARK = "moescope-sha256:"
+UNSEALED = MARK + "0" * 64
+PIECE = 2**22
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# As libraries in Rust say it.
+NO_SPACE = re.compile(rf"os error ({'|'.join(map(str, FULL))})\b")
+LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
 NAMES = ("dataset_digest", "model_commit", "dtype", "attention_backend", "experts_backend", "device")
 MAX_HEADER = 2**17
 SAFETENSORS = {
@@ -134,32 +147,115 @@ def file_digest(path: Path) -> str:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write to beside `path`; renamed to `path` when the block ends well, removed when it does not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with sentences_of_the_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield beside
+            with beside.open("rb") as stream:
+                os.fsync(stream.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def sentences_of_the_disk(path: str | Path) -> Iterator[None]:
+    """What cannot be written to `path` because of the disk is an ArtifactError with the mend."""
     try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            mend = "the disk is full; free space"
+        elif getattr(error, "errno", None) in LOCKED:
+            mend = "make its folder writable"
+        else:
+            raise
+        raise ArtifactError(
+            f"{path}: cannot be written ({one_line(error)}): {mend}, then run the same command"
+        ) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether a disk without space caused an error."""
+    return getattr(error, "errno", None) in FULL or bool(NO_SPACE.search(str(error)))
+
+
+@contextmanager
+def sealing(path: str | Path) -> Iterator[Path]:
+    """`replacing` for a file into which the block writes UNSEALED once: it is the seal's place."""
+    with replacing(path) as beside:
         yield beside
-        with beside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        with beside.open("r+b") as stream:
+            sha256, at, _ = _hash(stream)
+            stream.seek(at + len(MARK))
+            stream.write(sha256.encode())
+
+
+def check_seal(path: str | Path) -> None:
+    """Raises ArtifactError for a file whose content is not what was sealed; read once in a process."""
+    path = Path(path)
+    try:
+        status = path.stat()
+        sha256, seal = _sealed(path, status.st_size, status.st_mtime_ns, status.st_ino)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({one_line(error)}); {remake(path)}") from error
+    if not seal:
+        why = "cut short, not made by moescope, or made by an older version of it"
+        raise ArtifactError(f"{path}: no seal inside: {why}; {remake(path)}")
+    if seal != MARK + sha256:
+        raise ArtifactError(f"{path}: damaged: its content is not what was written; {remake(path)}")
+
+
+def remake(path: Path) -> str:
+    """What makes a damaged file anew."""
+    # The earlier states of a toy model are one output: Snakemake does not miss a single file of theirs.
+    above = [folder for folder in path.parents if folder.name == "checkpoints"]
+    return f"delete {f'{above[0]}/' if above else 'it'} and run again"
+
+
+@cache
+def _sealed(path: Path, *as_it_is: int) -> tuple[str, str]:
+    with path.open("rb") as stream:
+        sha256, _, seal = _hash(stream)
+    return sha256, seal
+
+
+def _hash(stream: BinaryIO) -> tuple[str, int, str]:
+    """SHA-256 of a file with zeros in its seal, where the seal begins (-1: nowhere), and the seal."""
+    sha256, done, at, found, data = hashlib.sha256(), 0, -1, b"", b""
+    while piece := stream.read(PIECE):
+        data += piece
+        place = data.find(MARK.encode()) if at < 0 else -1
+        if 0 <= place <= len(data) - len(UNSEALED):
+            end = place + len(UNSEALED)
+            at, found = done + place, data[place:end]
+            data = data[:place] + UNSEALED.encode() + data[end:]
+        # A seal may begin in this piece and end in the next.
+        keep = len(UNSEALED) if at < 0 else 0
+        ready = max(0, len(data) - keep)
+        sha256.update(data[:ready])
+        done, data = done + ready, data[ready:]
+    sha256.update(data)
+    return sha256.hexdigest(), at, found.decode(errors="replace")
 
 
 def write_table(table: pd.DataFrame, path: str | Path, kind: str, made_by: Mapping[str, Any]) -> None:
     """Write a table as Parquet with its provenance in the file's metadata."""
     arrow = pa.Table.from_pandas(table, preserve_index=False)
-    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), KEY: _header(kind, made_by)})
+    arrow = arrow.replace_schema_metadata({**(arrow.schema.metadata or {}), **_header(kind, made_by)})
     # A third smaller than by default: floats are split into streams of their bytes, integers into differences.
     floats = [field.name for field in arrow.schema if pa.types.is_floating(field.type)]
     integers = {field.name: "DELTA_BINARY_PACKED" for field in arrow.schema if pa.types.is_integer(field.type)}
     rest = [field.name for field in arrow.schema if field.name not in {*floats, *integers}]
     encodings: dict[str, Any] = {"use_byte_stream_split": floats, "column_encoding": integers, "use_dictionary": rest}
-    with replacing(path) as beside:
+    with sealing(path) as beside:
         pq.write_table(arrow, beside, compression="zstd", **encodings)
 
 
 def read_table(path: str | Path, kind: str, columns: list[str] | None = None) -> pd.DataFrame:
     """Read a table of the given kind. Raises ArtifactError for a damaged file or an unknown kind or version."""
+    check_seal(path)
     try:
         table = pq.read_table(path, columns=columns)
     except (pa.ArrowException, OSError) as error:
@@ -171,7 +267,8 @@ def read_table(path: str | Path, kind: str, columns: list[str] | None = None) ->
 
 
 def table_provenance(path: str | Path) -> dict[str, Any]:
-    """The provenance that a table's file carries."""
+    """The provenance that a table's file carries. Raises ArtifactError for a damaged file."""
+    check_seal(path)
     return json.loads(pq.read_schema(path).metadata[KEY.encode()])["provenance"]
 
 
@@ -182,17 +279,17 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Read a JSON file of the workflow. Raises ArtifactError for a damaged one."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path}: not a readable JSON file ({one_line(error)}); delete it and run again") from error
+    """Read what `write_json` wrote. Raises ArtifactError for a damaged file."""
+    check_seal(path)
+    content = json.loads(Path(path).read_text(encoding="utf-8"))
+    del content[SEAL_KEY]
+    return content
 
 
-def write_text(text: str, path: str | Path) -> None:
-    """Write a text file whole or not at all."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+def write_json(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a JSON object, whole or not at all."""
+    with sealing(path) as beside:
+        beside.write_text(json.dumps({SEAL_KEY: UNSEALED, **content}, indent=2) + "\n", encoding="utf-8")
 
 
 class TensorFile:
@@ -233,7 +330,7 @@ class TensorFile:
         """Write the header. Raises ArtifactError if rows are missing."""
         if self._done != self._rows:
             raise ArtifactError(f"{self._done} of {self._rows} rows were written; run again")
-        metadata = {"__metadata__": {KEY: _header(self._kind, self.made_by)}}
+        metadata = {"__metadata__": _header(self._kind, self.made_by)}
         header = json.dumps(metadata | self._layout).encode().ljust(self._start - 8)
         self._stream.seek(0)
         self._stream.write(len(header).to_bytes(8, "little") + header)
@@ -242,7 +339,7 @@ class TensorFile:
 @contextmanager
 def writing_tensors(path: str | Path, kind: str, rows: int) -> Iterator[TensorFile]:
     """A safetensors file of tensors with `rows` rows, to be put in batch by batch; whole at the end or not there."""
-    with replacing(path) as beside, beside.open("wb") as stream:
+    with sealing(path) as beside, beside.open("wb") as stream:
         file = TensorFile(stream, kind, rows)
         yield file
         file.close()
@@ -259,6 +356,7 @@ def open_tensors(path: str | Path, kind: str) -> Iterator[Any]:
     """A lazily read safetensors file (`get_tensor(name)`, `keys()`). Raises ArtifactError like `read_table`."""
     from safetensors import SafetensorError, safe_open
 
+    check_seal(path)
     try:
         file = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -281,8 +379,9 @@ def tensor_index(paths: Sequence[str | Path], kind: str) -> dict[str, Any]:
     return {"kind": kind, "schema": SCHEMAS[kind], "provenance": made_by, "shards": shards}
 
 
-def _header(kind: str, made_by: Mapping[str, Any]) -> str:
-    return json.dumps({"kind": kind, "schema": SCHEMAS[kind], "provenance": dict(made_by)})
+def _header(kind: str, made_by: Mapping[str, Any]) -> dict[str, str]:
+    header = {"kind": kind, "schema": SCHEMAS[kind], "provenance": dict(made_by)}
+    return {KEY: json.dumps(header), SEAL_KEY: UNSEALED}
 
 
 def _check_header(path: str | Path, header: str | bytes | None, kind: str) -> None:
@@ -295,6 +394,10 @@ def _check_header(path: str | Path, header: str | bytes | None, kind: str) -> No
         raise ArtifactError(
             f"{path}: schema version {found['schema']} of '{kind}', this code reads {SCHEMAS[kind]}; run it again"
         )
+    made_for = found["provenance"].get("settings", {})
+    for name in (made_for[key] for key in ("dataset", "model") if key in made_for):
+        if name not in Path(path).parts:
+            raise ArtifactError(f"{path}: was made for '{name}' and does not belong here; delete it and run again")
 
 
 def one_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ weight of the model comes from there: the library's own loading fills what is mi
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import inspect
 import json
@@ -48,7 +47,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
-from moescope.artifacts import digest, one_line, read_json
+from moescope.artifacts import digest, is_full, one_line, read_json, remake
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 VOCABULARY = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken", "tekken.json")
@@ -62,8 +61,6 @@ FOREIGN = {
     "adapter_config.json": "is an adapter to a model; merge it into that model and save the whole",
     "shard-*-model-*.safetensors": "is part of a distributed checkpoint; save the model whole with save_pretrained",
 }
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-NO_SPACE = re.compile(rf"os error ({'|'.join(map(str, FULL))})\b")
 NO_MEMORY = re.compile(r"allocate memory|out of memory", re.IGNORECASE)
 NEEDS_CODE = (
     "comes with Python code of its own, which is run only if the model's trust_remote_code is true;"
@@ -141,7 +138,8 @@ def describe(folder: str | Path, source: str = "folder", trust_remote_code: bool
 def folder_of(description: Mapping[str, Any]) -> Path:
     """Where the files of a description lie, for the hub in the local cache; the network is not asked.
 
-    Raises CheckpointError if any of them is gone.
+    Raises CheckpointError if any of them is gone, or, of a toy, has another content than was described. The
+    weights of other models take too long to be hashed at every load; their sizes are compared when they are read.
     """
     if description["source"] != "hub":
         folder, mend = Path(description["folder"]), "put it back, or run the rule that made it"
@@ -155,6 +153,11 @@ def folder_of(description: Mapping[str, Any]) -> Path:
     gone = [name for name in description["files"] if not (folder / name).exists()]
     if gone:
         raise CheckpointError(f"{folder}/: {_few(gone)} {'is' if len(gone) == 1 else 'are'} gone; {mend}")
+    for name, sha256 in description["files"].items() if description["source"] == "toy" else ():
+        if _sha256(folder / name) != sha256:
+            raise CheckpointError(
+                f"{folder / name}: damaged: its content is not what was written; {remake(folder / name)}"
+            )
     return folder
 
 
@@ -419,7 +422,7 @@ def _sentences_of_loading(folder: Path) -> Iterator[None]:
         text = one_line(error) or type(error).__name__
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY.search(text):
             mend = f"not enough memory ({text}); ask for more, set device to auto, or dtype to bfloat16"
-        elif _is_full(error):
+        elif is_full(error):
             mend = f"no space for offloaded weights ({text}); free some, or let TMPDIR name a larger disk"
         elif isinstance(error, ImportError):
             mend = f"needs a package that is not installed ({text}); install it in the environment of the model rules"
@@ -439,13 +442,9 @@ def _sentences_of_the_hub(hub: str) -> Iterator[None]:
     except (HFValidationError, RevisionResolutionError, HTTPError, OSError, RuntimeError) as error:
         text = one_line(error)
         mend = f"cannot be fetched, and is not whole in the local cache ({text}); run again where the hub is reached"
-        if _is_full(error):
+        if is_full(error):
             mend = f"no space to download it ({text}); free some, or let HF_HOME name a larger disk"
         elif isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             mend = f"the hub refuses access; {LOGIN}, with a token that may read it"
         mend = next((sentence for kind, sentence in HUB.items() if isinstance(error, kind)), mend)
         raise CheckpointError(f"{hub}: {mend}") from error
-
-
-def _is_full(error: Exception) -> bool:
-    return getattr(error, "errno", None) in FULL or bool(NO_SPACE.search(str(error)))

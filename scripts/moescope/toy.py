@@ -7,7 +7,6 @@ it did. Words as in method.md, section 1; ranks as in section 3.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from moescope.artifacts import sentences_of_the_disk, write_json
 from moescope.facts import did_you_mean, tokenise
 
 MOE = ("qwen2_moe", "olmoe", "mixtral")
@@ -430,10 +430,13 @@ def _write(
     """Write the model (with the weights `state`, if given) beside `folder`, then move the files in one by one."""
     transformers.utils.logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+    with (
+        sentences_of_the_disk(folder),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part") as beside,
+    ):
         model.save_pretrained(beside, state_dict=state)
         tokenizer.save_pretrained(beside)
         if report is not None:
-            (Path(beside) / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_json(report, Path(beside) / "training.json")
         for file in Path(beside).iterdir():
             file.replace(folder / file.name)

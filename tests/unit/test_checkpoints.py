@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, ByT5Tokenizer, LlamaConfig, T5Config
 
-from moescope import checkpoints
+from moescope import artifacts, checkpoints
 from moescope.checkpoints import CheckpointError, describe, folder_of, identity, load
 
 IDS = torch.arange(3, 40).reshape(1, -1)
@@ -221,7 +221,7 @@ def test_a_description_names_the_files_that_are_loaded_and_no_others(folder):
 
 def test_a_description_in_a_file_leads_to_the_model(kept, build, tmp_path):
     described = describe(kept("llama"))
-    (tmp_path / "model.json").write_text(json.dumps(described))
+    artifacts.write_json(described, tmp_path / "model.json")
     model, _ = checkpoints.load_described(tmp_path / "model.json", dtype="float32")
     assert torch.equal(logits(model), logits(build("llama")))
     assert checkpoints.config_of(described).hidden_size == build("llama").config.hidden_size
@@ -233,6 +233,18 @@ def test_one_file_goes_before_an_index_as_in_the_library(folder, build):
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" not in describe(folder)["files"]
     assert torch.equal(logits(load(folder)[0]), logits(build("olmoe")))
+
+
+def test_a_toy_with_a_flipped_bit_is_refused_and_named(folder):
+    found = describe(folder, source="toy")
+    for name in found["files"]:
+        whole = (folder / name).read_bytes()
+        at = len(whole) // 2
+        (folder / name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        with pytest.raises(CheckpointError, match=f"olmoe/{name}: damaged: .*; delete it and run again"):
+            folder_of(found)
+        (folder / name).write_bytes(whole)
+    assert folder_of(found) == folder
 
 
 def test_a_description_whose_files_are_gone_is_refused(folder):

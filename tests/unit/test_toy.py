@@ -1,6 +1,5 @@
 """moescope.toy: real training runs on a small corpus."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moescope import anatomy, capture, config, toy, utilization
+from moescope import anatomy, artifacts, capture, config, toy, utilization
 from moescope.facts import tokenise
 
 SHAPES = {
@@ -101,7 +100,7 @@ def test_training_learns_the_facts_and_reports(trained):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         {*config.CHECKPOINT_FILES, "checkpoints"} - {"model.json"}
     )
-    assert json.loads((folder / "training.json").read_text()) == report
+    assert artifacts.read_json(folder / "training.json") == report
     assert report["loss_per_epoch"][-1] < report["loss_per_epoch"][0] / 2
     assert report["mrr_without"]["ffn"] < 0.25 < 0.5 < report["mrr"]
     assert report["mrr_without"]["shared"] is None

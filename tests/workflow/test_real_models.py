@@ -127,7 +127,7 @@ def test_the_prompts_are_those_of_the_relations_asked_for(real):
     table = artifacts.read_table(real / "results/lre/dataset.parquet", "dataset")
     assert list(dict.fromkeys(table["relation"])) == list(sources.PRESETS["ka"])
     assert dict(zip(table["relation"], table["task"])) == sources.KA_TASKS
-    assert json.loads((real / "results/lre/reading.json").read_text()) == {"records": 20, "rows": 20}
+    assert artifacts.read_json(real / "results/lre/reading.json") == {"records": 20, "rows": 20}
     for model in HUB["models"]:
         prompts = artifacts.read_table(real / f"results/lre/{model}/prompts.parquet", "prompts")
         assert prompts["prompt"].tolist() == table["prompt"].tolist()
