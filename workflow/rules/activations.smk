@@ -32,9 +32,9 @@ rule capture:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("capture.py"),
         settings=settings("batch_size", "shards", of_dataset=["templates", "answer"], of_model=["moe"], load=LOADING),
@@ -62,7 +62,7 @@ rule gather_prompts:
     threads: 1
     resources:
         mem_mb=memory(1),
-        runtime=10,
+        runtime=minutes(10),
     params:
         code=code("gather_prompts.py"),
         settings=settings(),
@@ -86,7 +86,7 @@ rule filter_known:
     threads: 1
     resources:
         mem_mb=memory(1),
-        runtime=10,
+        runtime=minutes(10),
     params:
         code=code("filter_known.py"),
         settings=settings(of_dataset=["known"]),

@@ -42,7 +42,7 @@ rule attribute:
     threads: 1
     resources:
         mem_mb=model_memory,
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("attribute.py"),
         settings=settings("lens", load=["dtype", "trust_remote_code"]),
@@ -67,7 +67,7 @@ rule attribute_neurons:
     threads: 1
     resources:
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("attribute_neurons.py"),
         settings=settings("lens", "neurons", load=["dtype", "trust_remote_code"]),
@@ -95,7 +95,7 @@ rule read_units:
     threads: 1
     resources:
         mem_mb=model_memory,
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("read_units.py"),
         settings=settings("lens", "readings", load=["dtype", "trust_remote_code"]),
@@ -121,9 +121,9 @@ rule attribute_queries:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("attribute_queries.py"),
         settings=settings("batch_size", "queries", load=LOADING),

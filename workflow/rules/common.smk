@@ -161,13 +161,21 @@ wildcard_constraints:
 
 
 @cache
-def code(script):
-    """Digest of a script and of every library module that it reaches by import: an edit re-runs the rule."""
-    script = Path(workflow.source_path(f"../../scripts/{script}"))
+def reached(script):
+    """Digest of a script and of every library module that it reaches by import."""
     finder = ModuleFinder(path=[str(SCRIPTS)])
-    finder.run_script(str(script))
+    finder.run_script(script)
     files = [(name, Path(module.__file__)) for name, module in finder.modules.items() if module.__file__]
     return digest(b"".join(name.encode() + file.read_bytes() for name, file in sorted(files)))
+
+
+def code(script):
+    """A params function: the digest of a script's code. An edit re-runs the rule.
+
+    It is made when a job asks for it: each job of a cluster reads the whole workflow twice, but needs one digest.
+    """
+    script = str(Path(workflow.source_path(f"../../scripts/{script}")))
+    return lambda wildcards: reached(script)
 
 
 LOADING = ["device", "dtype", "attention_backend", "experts_backend", "max_memory", "trust_remote_code"]
@@ -228,9 +236,32 @@ def gpus(wildcards):
     return 0 if model["device"] == "cpu" else model["gpus"]
 
 
+def gpu_resources():
+    """Resources of a job on a GPU, as the profile's resource gpu_request says: gpus or gres, with a model or without.
+
+    SLURM knows them as --gpus=1 and --gres=gpu:1, and a cluster may take only one of the two.
+    """
+    request = (workflow.resource_settings.default_resources or {}).get("gpu_request")
+    way, _, kind = (request.raw if request else "gpus").partition(":")
+    if way == "gres":
+        name = f"gpu:{kind}" if kind else "gpu"
+        return {"gres": lambda wildcards: f"{name}:{gpus(wildcards)}" if gpus(wildcards) else None}
+    if way == "gpus":
+        return {"gpu": gpus, "gpu_model": lambda wildcards: kind if kind and gpus(wildcards) else None}
+    raise WorkflowError(f"default-resources.gpu_request: {request.raw} is neither gpus nor gres; mend the profile")
+
+
+GPUS = gpu_resources()
+
+
 def memory(gigabytes):
     """A resource function: megabytes that grow with every attempt."""
     return lambda wildcards, attempt: int(1000 * gigabytes * attempt)
+
+
+def minutes(number):
+    """A resource function: minutes of run time that grow with every attempt."""
+    return lambda wildcards, attempt: number * attempt
 
 
 def model_memory(wildcards, attempt):

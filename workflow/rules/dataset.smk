@@ -27,7 +27,7 @@ rule fetch_dataset:
     threads: 1
     resources:
         mem_mb=memory(1),
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("fetch_dataset.py"),
         settings=settings(of_dataset=["hub", "revision", "files"]),
@@ -53,7 +53,7 @@ rule write_dataset:
     threads: 1
     resources:
         mem_mb=memory(1),
-        runtime=10,
+        runtime=minutes(10),
     params:
         code=code("write_dataset.py"),
         settings=settings("tasks", of_dataset=["format", "path", "columns", "wanted"]),

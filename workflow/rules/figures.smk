@@ -69,12 +69,13 @@ for name, drawn in FIGURES.items():
                 f"results/logs/plot_{name}/{{dataset}}.benchmark.tsv"
             wildcard_constraints:
                 dataset=one_of(FIGURE_DATA[name]),
+            localrule: True
             conda:
                 "../../envs/analysis.yaml"
             threads: 1
             resources:
                 mem_mb=memory(1),
-                runtime=10,
+                runtime=minutes(10),
             params:
                 code=code("plot.py"),
                 settings=settings(

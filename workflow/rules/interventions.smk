@@ -50,9 +50,9 @@ rule block_experts:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("block_experts.py"),
         settings=settings("seed", "batch_size", "blocking", load=LOADING),
@@ -75,9 +75,9 @@ rule keep_only:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("keep_only.py"),
         settings=settings("batch_size", "keep_only", load=LOADING),
@@ -100,9 +100,9 @@ rule map_experts:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("map_experts.py"),
         settings=settings("batch_size", "expert_map", load=LOADING),
@@ -126,9 +126,9 @@ rule sweep_heads:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("sweep_heads.py"),
         settings=settings("batch_size", "head_sweep", load=LOADING),
@@ -153,9 +153,9 @@ rule block_heads:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("block_heads.py"),
         settings=settings("seed", "batch_size", "head_blocking", load=LOADING),
@@ -179,9 +179,9 @@ rule trace_gates:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=60,
+        runtime=minutes(60),
     params:
         code=code("trace_gates.py"),
         settings=settings("seed", "batch_size", "gate_gradients", load=LOADING),
@@ -205,9 +205,9 @@ rule trace_causes:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("trace_causes.py"),
         settings=settings("seed", "batch_size", "tracing", load=LOADING),

@@ -29,7 +29,7 @@ rule train_toy:
     threads: 1
     resources:
         mem_mb=memory(2),
-        runtime=30,
+        runtime=minutes(30),
     params:
         code=code("train_toy.py"),
         settings=settings("toy_training", of_model=["toy", "checkpoints"]),
@@ -55,7 +55,7 @@ rule describe_model:
     threads: 1
     resources:
         mem_mb=memory(4),
-        runtime=240,
+        runtime=minutes(240),
     params:
         code=code("describe_model.py"),
         settings=lambda wildcards: described(MODELS[wildcards.model]),
@@ -78,7 +78,7 @@ rule describe_checkpoint:
     threads: 1
     resources:
         mem_mb=memory(4),
-        runtime=240,
+        runtime=minutes(240),
     params:
         code=code("describe_model.py"),
         settings=lambda wildcards: described(MODELS[wildcards.model] | {"revision": wildcards.checkpoint}),

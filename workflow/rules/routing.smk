@@ -34,7 +34,7 @@ rule analyse_routing:
     threads: 1
     resources:
         mem_mb=memory(2),
-        runtime=30,
+        runtime=minutes(30),
     params:
         code=code("analyse_routing.py"),
         settings=settings(),
@@ -62,7 +62,7 @@ rule attribute_routers:
     threads: 1
     resources:
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("attribute_routers.py"),
         settings=settings("seed", "associations", load=["dtype", "trust_remote_code"]),

@@ -52,7 +52,7 @@ for name, of in SUMMARIES.items():
         threads: 1
         resources:
             mem_mb=memory(of["memory_gb"]),
-            runtime=60,
+            runtime=minutes(60),
         params:
             code=code("summarise.py"),
             settings=settings(
@@ -86,7 +86,7 @@ rule summarise_families:
     threads: 1
     resources:
         mem_mb=memory(1),
-        runtime=10,
+        runtime=minutes(10),
     params:
         code=code("summarise_families.py"),
         settings=dict(members=FAMILIES, confidence=config["statistics"]["confidence"]),

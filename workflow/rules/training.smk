@@ -29,9 +29,9 @@ rule measure_checkpoint:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("measure_checkpoint.py"),
         settings=settings("batch_size", utilization=KEYS, load=LOADING),
@@ -62,7 +62,7 @@ rule gather_checkpoints:
     threads: 1
     resources:
         mem_mb=memory(2),
-        runtime=20,
+        runtime=minutes(20),
     params:
         code=code("gather_checkpoints.py"),
         settings=settings(of_model=["checkpoints"]),

@@ -33,7 +33,7 @@ rule write_texts:
     threads: 1
     resources:
         mem_mb=memory(4),
-        runtime=20,
+        runtime=minutes(20),
     params:
         code=code("write_texts.py"),
         settings=settings("seed", of_dataset=["path", "prompt", "response", "task", "samples"]),
@@ -59,9 +59,9 @@ rule write_responses:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=240,
+        runtime=minutes(240),
     params:
         code=code("write_responses.py"),
         settings=settings("batch_size", of_dataset=["tokens"], load=LOADING),
@@ -86,9 +86,9 @@ rule find_key_neurons:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=120,
+        runtime=minutes(120),
     params:
         code=code("find_key_neurons.py"),
         settings=settings("batch_size", utilization=KEYS, load=LOADING),
@@ -115,9 +115,9 @@ rule mask_keys:
         "../../envs/model.yaml"
     threads: 1
     resources:
-        gpu=gpus,
+        **GPUS,
         mem_mb=model_memory,
-        runtime=240,
+        runtime=minutes(240),
     params:
         code=code("mask_keys.py"),
         settings=settings("seed", "batch_size", "masking", load=LOADING),
