@@ -1,15 +1,17 @@
 """Snakemake script: keep only the shared or the strongest routed experts."""
 
-from moescope import ablations, anatomy, artifacts, checkpoints, devices, logs
+from moescope import ablations, anatomy, artifacts, checkpoints, devices, logs, samples
 
 logs.to_file_and_terminal(snakemake.log[0])
 devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
+batch_size, *shard = (settings[key] for key in ("batch_size", "shard", "shards"))
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
-table = ablations.measure_keep_only(
-    model, anatomy.find(model), prompts, settings["keep_only"]["top"], settings["batch_size"]
+parts, top = anatomy.find(model), settings["keep_only"]["top"]
+[table] = samples.in_blocks(
+    lambda block: [ablations.measure_keep_only(model, parts, block, top, batch_size)], prompts, batch_size, *shard
 )
 
 inherited = artifacts.table_provenance(snakemake.input.prompts)

@@ -1,14 +1,18 @@
 """Snakemake script: block every head alone at the readout position, and see what the routers do."""
 
-from moescope import anatomy, artifacts, checkpoints, devices, logs, steering
+from moescope import anatomy, artifacts, checkpoints, devices, logs, samples, steering
 
 logs.to_file_and_terminal(snakemake.log[0])
 devices.use(snakemake.threads, snakemake.resources.gpu)
 settings = snakemake.params.settings
+batch_size, *shard = (settings[key] for key in ("batch_size", "shard", "shards"))
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
-tables = steering.sweep(model, anatomy.find(model), prompts, settings["batch_size"], settings["head_sweep"]["lpi"])
+parts, lpi = anatomy.find(model), settings["head_sweep"]["lpi"]
+tables = samples.in_blocks(
+    lambda block: steering.sweep(model, parts, block, batch_size, lpi), prompts, batch_size, *shard
+)
 
 inherited = artifacts.table_provenance(snakemake.input.prompts)
 made_by = artifacts.provenance(settings, snakemake.params.code, inherited)

@@ -8,7 +8,7 @@ settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])
 prompts = artifacts.read_table(snakemake.input.prompts, "prompts")
-arguments = {"batch_size": settings["batch_size"], "seed": settings["seed"], **settings["tracing"]}
+arguments = {key: settings[key] for key in ("batch_size", "seed", "shard", "shards")} | settings["tracing"]
 tables = tracing.trace(model, anatomy.find(model), prompts, **arguments)
 
 made_by = artifacts.provenance(settings, snakemake.params.code, artifacts.table_provenance(snakemake.input.prompts))

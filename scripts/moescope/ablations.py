@@ -171,16 +171,16 @@ def measure_blocking(
     log_prob (float32, nats).
     """
     device = input_device(model)
-    marks = {
-        layer.index: torch.zeros(len(sets), layer.n_experts, dtype=torch.bool, device=device)
-        for layer in parts.layers
-        if layer.experts is not None
-    }
+    places = np.array([(i, *place) for i, chosen in enumerate(sets) for place in chosen.experts], int).reshape(-1, 3)
+    marks = {}
+    for layer in parts.layers:
+        if layer.experts is not None:
+            mark = torch.zeros(len(sets), layer.n_experts, dtype=torch.bool)
+            mark[tuple(places[places[:, 1] == layer.index][:, [0, 2]].T)] = True
+            marks[layer.index] = mark.to(device)
     rows_of: dict[tuple[str, int], list[int]] = {}
     for number, chosen in enumerate(sets):
         rows_of.setdefault((chosen.relation, chosen.half), []).append(number)
-        for layer, expert in chosen.experts:
-            marks[layer][number, expert] = True
     of_prompt = dict(zip(prompts["prompt_id"], zip(prompts["relation"], half, strict=True), strict=True))
     answers = steps(prompts)
     numbers = [rows_of.get(of_prompt[prompt_id], []) for prompt_id in answers["prompt_id"]]

@@ -310,7 +310,7 @@ class TensorFile:
             self._lay_out(tensors)
         for name, tensor in tensors.items():
             place = self._layout[name]
-            row_bytes = tensor[0].numel() * tensor.element_size()
+            row_bytes = tensor.shape[1:].numel() * tensor.element_size()
             self._stream.seek(self._start + place["data_offsets"][0] + row * row_bytes)
             self._stream.write(_bytes(tensor))
         self._done += len(next(iter(tensors.values())))
@@ -319,7 +319,7 @@ class TensorFile:
         offset = 0
         # Widest types first, as the format's own writer does: every tensor is then aligned.
         for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
-            size = tensor[0].numel() * tensor.element_size() * self._rows
+            size = tensor.shape[1:].numel() * tensor.element_size() * self._rows
             shape = [self._rows, *tensor.shape[1:]]
             place = {"dtype": SAFETENSORS[str(tensor.dtype)], "shape": shape, "data_offsets": [offset, offset + size]}
             self._layout[name] = place

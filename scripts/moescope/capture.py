@@ -33,6 +33,7 @@ from moescope.models import (
     experts_arguments,
     ffn_output,
 )
+from moescope.samples import blocks
 from moescope.stats import ranks
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -50,11 +51,14 @@ def capture(
     batch_size: int,
     store: Store,
     answer: str = "first_token",
+    shard: int = 0,
+    shards: int = 1,
 ) -> tuple[pd.DataFrame, dict[str, float]]:
-    """Run all prompts, record their parts at the readout position, and hand them to `store` batch by batch.
+    """Run all prompts of a shard, record their parts at the readout position, and hand them to `store` in batches.
 
-    `tokens` comes from facts.tokenise. Prompts of equal length share a batch, so there is no padding and
-    no mask. The first batch is verified (see `verify`). `answer` says what the target is:
+    `tokens` comes from facts.tokenise; of it the shard has samples.share. Prompts of equal length and one of
+    samples.blocks share a batch, so there is no padding and no mask. The first batch is verified (see `verify`); a
+    shard without prompts verifies the first one, and stores no row. `answer` says what the target is:
 
     - `first_token`: the accepted first token that the model likes best;
     - `all_tokens`: all tokens of the first accepted object, each read with the earlier ones in the prompt
@@ -77,14 +81,16 @@ def capture(
 
     and `resid_final` [n d_model], `norm_scale` float32 [n], `prompt_id` int32 [n], `step` int16 [n].
 
-    Returns `tokens` with target_id (int32, the first answer token), target_ids (list of all), log_prob (float32,
-    nats) and rank (int32) in the clean run; and the largest relative error of each verified equation.
+    Returns the shard's `tokens` with target_id (int32, the first answer token), target_ids (list of all), log_prob
+    (float32, nats) and rank (int32) in the clean run; and the largest relative error of each verified equation.
     """
-    answers = rows(tokens, answer)
+    own = blocks(tokens, batch_size)[shard::shards]
+    stored, taken = (None, own) if own else (0, [np.arange(1)])
+    pieces = [rows(tokens.iloc[block], answer) for block in taken]
     errors: dict[str, float] = {}
     scores: list[tuple[Tensor, ...]] = []
     done = 0
-    for batch in batches(answers["length"].to_numpy(), batch_size):
+    for answers, batch in ((a, b) for a in pieces for b in batches(a["length"].to_numpy(), batch_size)):
         ids = token_tensor(answers, batch, input_device(model))
         found, logits = record(model, parts, ids)
         if not errors:
@@ -95,12 +101,13 @@ def capture(
         kept = {name: tensor.cpu() for name, tensor in found.items() if not name.endswith(NOT_STORED)}
         for name in ("prompt_id", "step"):
             kept[name] = torch.tensor(answers[name].to_numpy()[batch])
-        store(done, kept)
+        store(done, {name: tensor[:stored] for name, tensor in kept.items()})
         done += len(batch)
         scores.append(_clean_scores(logits, [answers["accepted_ids"][row] for row in batch]))
     target, log_prob, rank = (torch.cat(column).cpu().numpy() for column in zip(*scores, strict=True))
-    scored = answers[["prompt_id", "step"]].assign(target=target.astype("int32"), log_prob=log_prob, rank=rank)
-    return _per_prompt(tokens, scored), errors
+    columns = {"target": target.astype("int32"), "log_prob": log_prob, "rank": rank}
+    scored = pd.concat(pieces)[["prompt_id", "step"]].assign(**columns)
+    return _per_prompt(tokens.iloc[np.concatenate(taken)], scored)[:stored], errors
 
 
 def in_memory(

@@ -275,7 +275,7 @@ def _token_span(
 
 def _none_left(kinds: Counter[str]) -> str:
     if not kinds:
-        return "there is no prompt to tokenise; choose other templates or relations, or fewer shards"
+        return "there is no prompt to tokenise; choose other templates or relations"
     kind, count = kinds.most_common(1)[0]
     why = kind.format("...")
     return f"none of the {kinds.total()} prompts can be used, for {count} of them because {why}; {MENDS[kind]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,13 @@ from moescope.intervene import Edit, block_experts, block_neurons, intervene
 from moescope.models import Anatomy
 from moescope.neurons import ffn_units
 from moescope.resume import log_probs_and_ranks
+from moescope.samples import blocks, in_order
 from moescope.summaries import together
 
 SET = ["task", "half", "level", "size", "draw"]
 """What names a set of parts that are masked together."""
+MASKING = {"prompt_id": "int32", "level": "str", "task": "str", "size": "int32", "masked": "int32", "draw": "int16"}
+MASKING |= {"rank": "int32", "log_prob": "float32"}
 
 
 @dataclass(frozen=True)
@@ -144,27 +147,25 @@ def measure(
     """Rank and log-probability of every prompt, of all tasks, under every set of its half, at all positions.
 
     What is masked contributes 0 (intervene.block_neurons, block_experts); routers choose as they then do. Each
-    response token is read with the earlier ones before it, all of a sample in one forward pass. Returns prompt_id
-    (int32), level ("neurons", "experts", or "clean": nothing masked), task (whose keys are masked; empty if none),
-    size, masked (int32; asked for, and really masked), draw (int16), rank (int32, the worst of the response tokens),
-    log_prob (float32, their sum in nats).
+    response token is read with the earlier ones before it, all of a sample in one forward pass; samples of one half and
+    one of samples.blocks share it. Returns prompt_id (int32), level ("neurons", "experts", or "clean": nothing masked),
+    task (whose keys are masked; empty if none), size, masked (int32; asked for, and really masked), draw (int16), rank
+    (int32, the worst of the response tokens), log_prob (float32, their sum in nats), in order of prompt_id.
     """
     frames = []
     for measured in np.unique(half):
-        # Of similar length, so that little is padded.
-        samples = prompts[half == measured]
-        samples = samples.iloc[np.argsort(samples["length"] + samples["target_ids"].str.len(), kind="stable")]
-        batches = list(_batches(model, samples, batch_size))
+        pieces = [own for rows in blocks(prompts, batch_size) if len(own := rows[half[rows] == measured])]
+        batches = [_batch(model, prompts.iloc[rows]) for rows in pieces]
+        prompt_id = prompts["prompt_id"].to_numpy()[np.concatenate(pieces)]
         sets = masked_units[masked_units["half"] == measured].groupby(SET)
         for (task, _, level, size, draw), chosen in [(("", measured, "clean", 0, -1), masked_units[:0]), *sets]:
             with intervene(parts, _edit(parts, level, chosen)):
                 scores = [_score(model, parts, batch) for batch in batches]
-            columns = {"prompt_id": samples["prompt_id"], "level": level, "task": task, "size": size}
+            columns = {"prompt_id": prompt_id, "level": level, "task": task, "size": size}
             rank, log_prob = (np.concatenate(column) for column in zip(*scores, strict=True))
             columns |= {"masked": len(chosen), "draw": draw, "rank": rank, "log_prob": log_prob}
-            frames.append(pd.DataFrame(columns).sort_values("prompt_id"))
-    types = {"size": "int32", "masked": "int32", "draw": "int16", "rank": "int32", "log_prob": "float32"}
-    return pd.concat(frames, ignore_index=True).astype(types)
+            frames.append(pd.DataFrame(columns))
+    return in_order(together(frames, " ".join(MASKING)).astype(MASKING))
 
 
 def _numbered(sets: Sequence[pd.DataFrame], *named: object) -> list[pd.DataFrame]:
@@ -205,20 +206,18 @@ def _edit(parts: Anatomy, level: str, chosen: pd.DataFrame) -> Edit:
     return block_neurons(neurons)
 
 
-def _batches(model: PreTrainedModel, samples: pd.DataFrame, batch_size: int) -> Iterator[Batch]:
+def _batch(model: PreTrainedModel, samples: pd.DataFrame) -> Batch:
     """Prompts with all of their response but its last token, in their order, padded on the right.
 
     No position sees a later one, so that padding changes nothing before it, and needs no mask.
     """
-    for start in range(0, len(samples), batch_size):
-        part = samples.iloc[start : start + batch_size]
-        texts = [torch.tensor([*p, *r[:-1]]) for p, r in zip(part["token_ids"], part["target_ids"], strict=True)]
-        ids = pad_sequence(texts, batch_first=True).to(input_device(model))
-        tokens = part["target_ids"].str.len().to_numpy()
-        sample = np.repeat(np.arange(len(part)), tokens)
-        step = np.arange(len(sample)) - np.repeat(tokens.cumsum() - tokens, tokens)
-        place = sample * ids.shape[1] + part["length"].to_numpy(int)[sample] - 1 + step
-        yield Batch(ids, torch.from_numpy(place), torch.tensor(np.concatenate(part["target_ids"].tolist())), sample)
+    texts = [torch.tensor([*p, *r[:-1]]) for p, r in zip(samples["token_ids"], samples["target_ids"], strict=True)]
+    ids = pad_sequence(texts, batch_first=True).to(input_device(model))
+    tokens = samples["target_ids"].str.len().to_numpy()
+    sample = np.repeat(np.arange(len(samples)), tokens)
+    step = np.arange(len(sample)) - np.repeat(tokens.cumsum() - tokens, tokens)
+    place = sample * ids.shape[1] + samples["length"].to_numpy(int)[sample] - 1 + step
+    return Batch(ids, torch.from_numpy(place), torch.tensor(np.concatenate(samples["target_ids"].tolist())), sample)
 
 
 def _score(

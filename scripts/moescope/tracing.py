@@ -25,6 +25,7 @@ from moescope import capture
 from moescope.ablations import matched_draw, sample_subjects, split_subjects
 from moescope.intervene import Edit, block_attention, intervene, replace_states, restore_experts
 from moescope.models import Anatomy, Layer, Path, attention_output, expert_outputs, ffn_output, shared_contribution
+from moescope.samples import in_order
 from moescope.stats import ranks
 
 TRACING = {"prompt_id": "int32", "draw": "int16", "level": "str", "layer": "int16", "expert": "int16", "size": "int16"}
@@ -76,6 +77,8 @@ def trace(
     draws: int,
     coalitions: Sequence[int],
     seed: int,
+    shard: int = 0,
+    shards: int = 1,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Log-probability and rank of the target after the subject is corrupted and one part of the clean run is restored.
 
@@ -95,8 +98,10 @@ def trace(
       draw of the noise. Sizes of which a prompt does not use three times as many experts there are left out, and so
       are relations with one subject.
 
-    Results depend on a prompt's id and the seed, not on the batch it runs in; a coalition also on the other prompts.
-    Returns two tables; log-probabilities are float32 in nats:
+    Results depend on a prompt's id and the seed, not on the batch it runs in; a coalition also on the other prompts of
+    the relation. So a shard has every `shards`-th relation of the sample.
+
+    Returns two tables, in order of prompt_id; log-probabilities are float32 in nats:
 
     - tracing: prompt_id (int32), draw (int16), level, layer, expert (int16; 0 where it means nothing), size (int16, the
       experts restored; 0 for layers and blocks), position (role, or `subject` for all of its tokens), rank (int32),
@@ -110,7 +115,8 @@ def trace(
         *map(len, (traced, usable)),
         len(prompts) - len(usable),
     )
-    half, deviation = split_subjects(traced, seed), noise * embedding_deviation(model)
+    traced["half"], deviation = split_subjects(traced, seed), noise * embedding_deviation(model)
+    traced = traced[traced["relation"].isin(traced["relation"].sort_values().unique()[shard::shards])]
     tables, scores = [_table(TRACING)], [_table(RUNS)]
     for prompt in traced.itertuples():
         run = record(model, parts, prompt, deviation, draws, seed)
@@ -118,14 +124,15 @@ def trace(
         tables.append(_measure(model, parts, run, list(_singles(parts, run)), batch_size))
     runs = pd.concat(scores, ignore_index=True)
     if parts.is_moe:
-        effects = _effects(pd.concat(tables), runs, traced.assign(half=half))
-        for prompt, own in zip(traced.itertuples(), half, strict=True):
-            if (prompt.relation, 1 - own) in effects:
+        effects = _effects(pd.concat(tables), runs, traced)
+        for prompt in traced.itertuples():
+            others = (prompt.relation, 1 - prompt.half)
+            if others in effects:
                 # Recorded again: all prompts' contributions would not fit into memory.
                 run = record(model, parts, prompt, deviation, draws, seed)
-                rows = list(_coalitions(run, effects[prompt.relation, 1 - own], coalitions, seed))
+                rows = list(_coalitions(run, effects[others], coalitions, seed))
                 tables.append(_measure(model, parts, run, rows, batch_size))
-    return pd.concat(tables, ignore_index=True), runs
+    return in_order(pd.concat(tables)), in_order(runs)
 
 
 def roles(start: int, end: int, length: int) -> dict[str, Bool[Tensor, " length"]]:

@@ -19,6 +19,7 @@ from moescope.capture import capture, of_layer
 from moescope.lens import Readout, log_prob
 from moescope.models import Anatomy, Layer
 from moescope.neurons import Unit, ffn_neurons, ffn_units
+from moescope.samples import in_blocks
 
 
 @torch.no_grad()
@@ -62,7 +63,8 @@ def measure(
 
     scored, _ = capture(model, parts, answers, batch_size, see, "all_tokens")
     rows = pd.concat(seen).sort_values(["prompt_id", "step"]).groupby("prompt_id")
-    keys, _ = utilization.find(model, parts, prompts, batch_size, score, threshold, share)
+    how = (batch_size, score, threshold, share)
+    keys, _ = in_blocks(lambda block: utilization.find(model, parts, block, *how), prompts, batch_size)
     table = scored[["prompt_id", "rank", "log_prob"]].merge(keys[["prompt_id", "keys"]], on="prompt_id")
     of_prompts = rows.agg({"choices": "first", "lpi_top_share": "mean"}).astype({"lpi_top_share": "float32"})
     return table.join(of_prompts, on="prompt_id")

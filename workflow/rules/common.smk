@@ -149,6 +149,11 @@ REPORTED = [
 SHARDS = [str(number) for number in range(config["shards"])]
 
 
+def of_shard(path):
+    """Where a shard of `path` is written: there, if there is one only; or else each its own, for gather_shards."""
+    return path if len(SHARDS) == 1 else path.replace(".", "/{shard}.", 1)
+
+
 def one_of(names):
     """A wildcard constraint: just these names, or nothing at all."""
     return "|".join(names) or "(?!)"
@@ -184,11 +189,14 @@ LOADING = ["device", "dtype", "attention_backend", "experts_backend", "max_memor
 def settings(*sections, of_dataset=(), of_model=(), load=(), **more):
     """A params function: all wildcards, `more`, and just those settings that the rule's result depends on.
 
+    With the section `shards` there is also the number of the shard, 0 where there is one only.
     `load` names the arguments of checkpoints.load that come from the model's settings.
     """
 
     def chosen(wildcards):
         values = dict(wildcards.items()) | more | {key: config[key] for key in sections}
+        if "shards" in sections:
+            values["shard"] = int(values.get("shard", 0))
         if load:
             model = MODELS[wildcards.model]
             values["load"] = {key: model[key] if model[key] not in ("", {}) else None for key in load}

@@ -10,6 +10,7 @@ OUTPUT  results/{dataset}/{model}/interventions/
             head_blocking.parquet, blocked_heads.parquet   (steering.measure_head_blocking, choose_heads)
             gate_gradients.parquet, gate_paths.parquet     of MoE models (steering.gate_gradients)
             tracing.parquet, tracing_runs.parquet          (tracing.trace)
+            {kind}/{shard}.parquet                         the shards of each, where there are several
 """
 
 EXPERT_INTERVENTIONS = ["blocking", "blocked_experts", "keep_only", "expert_map", "gate_gradients", "gate_paths"]
@@ -40,12 +41,12 @@ rule block_experts:
         experts="results/{dataset}/{model}/attribution/experts.parquet",
         model=model_files,
     output:
-        blocking="results/{dataset}/{model}/interventions/blocking.parquet",
-        blocked_experts="results/{dataset}/{model}/interventions/blocked_experts.parquet",
+        blocking=of_shard("results/{dataset}/{model}/interventions/blocking.parquet"),
+        blocked_experts=of_shard("results/{dataset}/{model}/interventions/blocked_experts.parquet"),
     log:
-        "results/logs/block_experts/{dataset}/{model}.log",
+        of_shard("results/logs/block_experts/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/block_experts/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/block_experts/{dataset}/{model}.benchmark.tsv")
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -55,7 +56,7 @@ rule block_experts:
         runtime=minutes(60),
     params:
         code=code("block_experts.py"),
-        settings=settings("seed", "batch_size", "blocking", load=LOADING),
+        settings=settings("seed", "batch_size", "shards", "blocking", load=LOADING),
     script:
         "../../scripts/block_experts.py"
 
@@ -66,11 +67,11 @@ rule keep_only:
         prompts="results/{dataset}/{model}/prompts.parquet",
         model=model_files,
     output:
-        keep_only="results/{dataset}/{model}/interventions/keep_only.parquet",
+        keep_only=of_shard("results/{dataset}/{model}/interventions/keep_only.parquet"),
     log:
-        "results/logs/keep_only/{dataset}/{model}.log",
+        of_shard("results/logs/keep_only/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/keep_only/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/keep_only/{dataset}/{model}.benchmark.tsv")
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -80,7 +81,7 @@ rule keep_only:
         runtime=minutes(60),
     params:
         code=code("keep_only.py"),
-        settings=settings("batch_size", "keep_only", load=LOADING),
+        settings=settings("batch_size", "shards", "keep_only", load=LOADING),
     script:
         "../../scripts/keep_only.py"
 
@@ -91,11 +92,11 @@ rule map_experts:
         prompts="results/{dataset}/{model}/prompts.parquet",
         model=model_files,
     output:
-        expert_map="results/{dataset}/{model}/interventions/expert_map.parquet",
+        expert_map=of_shard("results/{dataset}/{model}/interventions/expert_map.parquet"),
     log:
-        "results/logs/map_experts/{dataset}/{model}.log",
+        of_shard("results/logs/map_experts/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/map_experts/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/map_experts/{dataset}/{model}.benchmark.tsv")
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -105,7 +106,7 @@ rule map_experts:
         runtime=minutes(120),
     params:
         code=code("map_experts.py"),
-        settings=settings("batch_size", "expert_map", load=LOADING),
+        settings=settings("batch_size", "shards", "expert_map", load=LOADING),
     script:
         "../../scripts/map_experts.py"
 
@@ -116,12 +117,12 @@ rule sweep_heads:
         prompts="results/{dataset}/{model}/prompts.parquet",
         model=model_files,
     output:
-        head_map="results/{dataset}/{model}/interventions/head_map.parquet",
-        head_router="results/{dataset}/{model}/interventions/head_router.parquet",
+        head_map=of_shard("results/{dataset}/{model}/interventions/head_map.parquet"),
+        head_router=of_shard("results/{dataset}/{model}/interventions/head_router.parquet"),
     log:
-        "results/logs/sweep_heads/{dataset}/{model}.log",
+        of_shard("results/logs/sweep_heads/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/sweep_heads/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/sweep_heads/{dataset}/{model}.benchmark.tsv")
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -131,7 +132,7 @@ rule sweep_heads:
         runtime=minutes(120),
     params:
         code=code("sweep_heads.py"),
-        settings=settings("batch_size", "head_sweep", load=LOADING),
+        settings=settings("batch_size", "shards", "head_sweep", load=LOADING),
     script:
         "../../scripts/sweep_heads.py"
 
@@ -143,12 +144,12 @@ rule block_heads:
         heads="results/{dataset}/{model}/attribution/heads.parquet",
         model=model_files,
     output:
-        head_blocking="results/{dataset}/{model}/interventions/head_blocking.parquet",
-        blocked_heads="results/{dataset}/{model}/interventions/blocked_heads.parquet",
+        head_blocking=of_shard("results/{dataset}/{model}/interventions/head_blocking.parquet"),
+        blocked_heads=of_shard("results/{dataset}/{model}/interventions/blocked_heads.parquet"),
     log:
-        "results/logs/block_heads/{dataset}/{model}.log",
+        of_shard("results/logs/block_heads/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/block_heads/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/block_heads/{dataset}/{model}.benchmark.tsv")
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -158,7 +159,7 @@ rule block_heads:
         runtime=minutes(120),
     params:
         code=code("block_heads.py"),
-        settings=settings("seed", "batch_size", "head_blocking", load=LOADING),
+        settings=settings("seed", "batch_size", "shards", "head_blocking", load=LOADING),
     script:
         "../../scripts/block_heads.py"
 
@@ -169,12 +170,12 @@ rule trace_gates:
         prompts="results/{dataset}/{model}/prompts.parquet",
         model=model_files,
     output:
-        gate_gradients="results/{dataset}/{model}/interventions/gate_gradients.parquet",
-        gate_paths="results/{dataset}/{model}/interventions/gate_paths.parquet",
+        gate_gradients=of_shard("results/{dataset}/{model}/interventions/gate_gradients.parquet"),
+        gate_paths=of_shard("results/{dataset}/{model}/interventions/gate_paths.parquet"),
     log:
-        "results/logs/trace_gates/{dataset}/{model}.log",
+        of_shard("results/logs/trace_gates/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/trace_gates/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/trace_gates/{dataset}/{model}.benchmark.tsv")
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -184,7 +185,7 @@ rule trace_gates:
         runtime=minutes(60),
     params:
         code=code("trace_gates.py"),
-        settings=settings("seed", "batch_size", "gate_gradients", load=LOADING),
+        settings=settings("seed", "batch_size", "shards", "gate_gradients", load=LOADING),
     script:
         "../../scripts/trace_gates.py"
 
@@ -195,12 +196,12 @@ rule trace_causes:
         prompts="results/{dataset}/{model}/prompts.parquet",
         model=model_files,
     output:
-        tracing="results/{dataset}/{model}/interventions/tracing.parquet",
-        tracing_runs="results/{dataset}/{model}/interventions/tracing_runs.parquet",
+        tracing=of_shard("results/{dataset}/{model}/interventions/tracing.parquet"),
+        tracing_runs=of_shard("results/{dataset}/{model}/interventions/tracing_runs.parquet"),
     log:
-        "results/logs/trace_causes/{dataset}/{model}.log",
+        of_shard("results/logs/trace_causes/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/trace_causes/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/trace_causes/{dataset}/{model}.benchmark.tsv")
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -210,6 +211,35 @@ rule trace_causes:
         runtime=minutes(120),
     params:
         code=code("trace_causes.py"),
-        settings=settings("seed", "batch_size", "tracing", load=LOADING),
+        settings=settings("seed", "batch_size", "shards", "tracing", load=LOADING),
     script:
         "../../scripts/trace_causes.py"
+
+
+if len(SHARDS) > 1:
+
+    rule gather_shards:
+        """Put the shards of a table together."""
+        input:
+            expand("results/{{dataset}}/{{model}}/{{stage}}/{{kind}}/{shard}.parquet", shard=SHARDS),
+        output:
+            "results/{dataset}/{model}/{stage}/{kind}.parquet",
+        log:
+            "results/logs/gather_shards/{dataset}/{model}/{stage}/{kind}.log",
+        benchmark:
+            "results/logs/gather_shards/{dataset}/{model}/{stage}/{kind}.benchmark.tsv"
+        wildcard_constraints:
+            dataset=one_of(DATA),
+            stage="interventions|utilization",
+            kind=r"\w+",
+        conda:
+            "../../envs/analysis.yaml"
+        threads: 1
+        resources:
+            mem_mb=memory(2),
+            runtime=10,
+        params:
+            code=code("gather_shards.py"),
+            settings=settings(),
+        script:
+            "../../scripts/gather_shards.py"

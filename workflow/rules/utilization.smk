@@ -5,6 +5,7 @@ OUTPUT  results/{text}/texts.parquet                           prompts and respo
         results/{text}/{model}/prompts.parquet, dropped.parquet  the same as tokens, responses generated where none is given
         results/{dataset}/{model}/utilization/{key_neurons,expert_tokens,units}.parquet         (utilization.find)
         results/{dataset}/{model}/interventions/{masking,masked_units}.parquet                   (masking.measure)
+        {kind}/{shard}.parquet                                 the shards of each of these, where there are several
 """
 
 KEY_NEURONS = ["key_neurons", "expert_tokens", "units"]
@@ -75,11 +76,11 @@ rule find_key_neurons:
         prompts="results/{dataset}/{model}/prompts.parquet",
         model=model_files,
     output:
-        **{kind: f"results/{{dataset}}/{{model}}/utilization/{kind}.parquet" for kind in KEY_NEURONS},
+        **{kind: of_shard(f"results/{{dataset}}/{{model}}/utilization/{kind}.parquet") for kind in KEY_NEURONS},
     log:
-        "results/logs/find_key_neurons/{dataset}/{model}.log",
+        of_shard("results/logs/find_key_neurons/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/find_key_neurons/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/find_key_neurons/{dataset}/{model}.benchmark.tsv")
     wildcard_constraints:
         dataset=one_of(DATA),
     conda:
@@ -91,7 +92,7 @@ rule find_key_neurons:
         runtime=minutes(120),
     params:
         code=code("find_key_neurons.py"),
-        settings=settings("batch_size", utilization=KEYS, load=LOADING),
+        settings=settings("batch_size", "shards", utilization=KEYS, load=LOADING),
     script:
         "../../scripts/find_key_neurons.py"
 
@@ -103,12 +104,12 @@ rule mask_keys:
         prompts="results/{dataset}/{model}/prompts.parquet",
         model=model_files,
     output:
-        masking="results/{dataset}/{model}/interventions/masking.parquet",
-        masked_units="results/{dataset}/{model}/interventions/masked_units.parquet",
+        masking=of_shard("results/{dataset}/{model}/interventions/masking.parquet"),
+        masked_units=of_shard("results/{dataset}/{model}/interventions/masked_units.parquet"),
     log:
-        "results/logs/mask_keys/{dataset}/{model}.log",
+        of_shard("results/logs/mask_keys/{dataset}/{model}.log"),
     benchmark:
-        "results/logs/mask_keys/{dataset}/{model}.benchmark.tsv"
+        of_shard("results/logs/mask_keys/{dataset}/{model}.benchmark.tsv")
     wildcard_constraints:
         dataset=one_of(DATA),
     conda:
@@ -120,6 +121,6 @@ rule mask_keys:
         runtime=minutes(240),
     params:
         code=code("mask_keys.py"),
-        settings=settings("seed", "batch_size", "masking", load=LOADING),
+        settings=settings("seed", "batch_size", "shards", "masking", load=LOADING),
     script:
         "../../scripts/mask_keys.py"
