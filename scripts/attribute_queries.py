@@ -5,7 +5,7 @@ import logging
 from moescope import anatomy, artifacts, checkpoints, devices, logs, queries
 
 logs.to_file_and_terminal(snakemake.log[0])
-devices.use(snakemake.threads, snakemake.resources.gpu)
+devices.use(snakemake.threads, snakemake.resources.get("gpu", 0))
 settings, source = snakemake.params.settings, snakemake.input
 
 model, _ = checkpoints.load_described(source.model[0], **settings["load"])

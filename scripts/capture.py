@@ -3,7 +3,7 @@
 from moescope import anatomy, artifacts, capture, checkpoints, devices, facts, logs, samples
 
 logs.to_file_and_terminal(snakemake.log[0])
-devices.use(snakemake.threads, snakemake.resources.gpu)
+devices.use(snakemake.threads, snakemake.resources.get("gpu", 0))
 settings, output = snakemake.params.settings, snakemake.output
 batch_size, shard, shards = (settings[key] for key in ("batch_size", "shard", "shards"))
 

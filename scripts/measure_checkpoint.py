@@ -5,7 +5,7 @@ from pathlib import Path
 from moescope import anatomy, artifacts, checkpoints, devices, logs, training
 
 logs.to_file_and_terminal(snakemake.log[0])
-devices.use(snakemake.threads, snakemake.resources.gpu)
+devices.use(snakemake.threads, snakemake.resources.get("gpu", 0))
 settings, source = snakemake.params.settings, snakemake.input.prompts
 
 # A description, or a folder of a toy model's checkpoints; whether it is one file or the first of several.

@@ -3,7 +3,7 @@
 from moescope import anatomy, artifacts, checkpoints, devices, logs, samples, steering
 
 logs.to_file_and_terminal(snakemake.log[0])
-devices.use(snakemake.threads, snakemake.resources.gpu)
+devices.use(snakemake.threads, snakemake.resources.get("gpu", 0))
 settings = snakemake.params.settings
 batch_size, *shard = (settings[key] for key in ("batch_size", "shard", "shards"))
 

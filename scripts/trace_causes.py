@@ -3,7 +3,7 @@
 from moescope import anatomy, artifacts, checkpoints, devices, logs, tracing
 
 logs.to_file_and_terminal(snakemake.log[0])
-devices.use(snakemake.threads, snakemake.resources.gpu)
+devices.use(snakemake.threads, snakemake.resources.get("gpu", 0))
 settings = snakemake.params.settings
 
 model, _ = checkpoints.load_described(snakemake.input.model[0], **settings["load"])

@@ -5,7 +5,7 @@ import pandas as pd
 from moescope import artifacts, checkpoints, devices, logs, responses, texts
 
 logs.to_file_and_terminal(snakemake.log[0])
-devices.use(snakemake.threads, snakemake.resources.gpu)
+devices.use(snakemake.threads, snakemake.resources.get("gpu", 0))
 settings, output = snakemake.params.settings, snakemake.output
 
 description = artifacts.read_json(snakemake.input.model[0])
