@@ -8,11 +8,14 @@ logs.to_file_and_terminal(snakemake.log[0])
 settings, code = snakemake.params.settings, snakemake.params.code
 
 runs = {tuple(run): {} for run in settings["runs"]}
+sources = {run: {"dataset": run[0], "model": run[1], "code_digests": {}} for run in runs}
 for kind, paths in snakemake.input.items():
-    for run, path in zip(runs.values(), paths, strict=True):
-        run[kind] = artifacts.read_table(path, kind)
-sources = [artifacts.table_provenance(path) for path in snakemake.input.prompts]
-made_by = artifacts.provenance(settings, code, sources=[artifacts.names(source) for source in sources])
+    for run, path in zip(runs, paths, strict=True):
+        runs[run][kind] = artifacts.read_table(path, kind)
+        source = artifacts.table_provenance(path)
+        sources[run] |= artifacts.names(source)
+        sources[run]["code_digests"][kind] = source["code_digest"]
+made_by = artifacts.provenance(settings, code, sources=list(sources.values()))
 
 folder = Path(snakemake.output[0]).parent
 bootstrap = tables.Bootstrap(**settings["statistics"], seed=settings["seed"])

@@ -39,7 +39,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # As libraries in Rust say it.
 NO_SPACE = re.compile(rf"os error ({'|'.join(map(str, FULL))})\b")
 LOCKED = (errno.EROFS, errno.EACCES, errno.EPERM)
-NAMES = ("dataset_digest", "model_commit", "dtype", "attention_backend", "experts_backend", "device")
+NAMES = (
+    "dataset_digest",
+    "model_commit",
+    "dtype",
+    "attention_backend",
+    "experts_backend",
+    "device",
+    "torch",
+    "transformers",
+)
 MAX_HEADER = 2**17
 SAFETENSORS = {
     "torch.float64": "F64",

@@ -256,7 +256,7 @@ def check_tokenizer(config: PreTrainedConfig, tokenizer: Any) -> None:
 
 
 def identity(model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str, str]:
-    """What names a loaded model in the provenance of an artifact."""
+    """What names a loaded model, and what runs it, in the provenance of an artifact."""
     placed = getattr(model, "hf_device_map", None) or {"": model.device}
     devices = dict.fromkeys(f"cuda:{place}" if isinstance(place, int) else str(place) for place in placed.values())
     return {
@@ -265,6 +265,8 @@ def identity(model: PreTrainedModel, description: Mapping[str, Any]) -> dict[str
         "experts_backend": str(getattr(model.config, "_experts_implementation", None)),
         "attention_backend": str(getattr(model.config, "_attn_implementation", None)),
         "device": " ".join(devices),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
     }
 
 

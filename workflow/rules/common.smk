@@ -8,11 +8,12 @@ from pathlib import Path
 
 import yaml
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 LIBRARY = (
     "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints config"
     " devices drawing expert_map facts intervene lens logs masking masking_plots masking_tables miniature models neurons planted"
-    " plots published queries rankings reading resume responses router_attribution routing routing_plots routing_tables"
+    " plots published queries rankings reading record resume responses router_attribution routing routing_plots routing_tables"
     " samples sources stats steering steering_plots steering_tables summaries tables texts toy tracing training"
     " training_plots training_tables utilization utilization_plots utilization_tables __init__"
 ).split()
@@ -23,9 +24,10 @@ for name in LIBRARY:
     SCRIPTS = Path(workflow.source_path(f"../../scripts/moescope/{name}.py")).parents[1]
 sys.path.append(str(SCRIPTS))
 
+from moescope import record
 from moescope.artifacts import digest, read_json, table_provenance, versions
 from moescope.config import CHECKPOINT_FILES, ConfigError, family_members, is_moe, model_sources, resolve
-from moescope.config import source_files, wanted_relations, yaml_error
+from moescope.config import source_files, wanted_relations, with_defaults, yaml_error
 from moescope.facts import n_prompts
 
 CONFIG_FILE = "config/config.yaml"
@@ -36,9 +38,14 @@ if sentence := yaml_error(Path(CONFIG_FILE)):
 configfile: CONFIG_FILE
 
 
+# The record of a run is a configuration too, whatever config/config.yaml says.
+RECORD = config if config.get("kind") == record.KIND else {}
+config = RECORD.get("config", config)
+
 try:
     with open(workflow.source_path("../schemas/config.schema.yaml")) as schema_file:
         SCHEMA = yaml.safe_load(schema_file)
+    GIVEN = with_defaults(config, SCHEMA)
     config, RELATIONS = resolve(config, SCHEMA, ", ".join(map(str, workflow.configfiles)) or "config")
 except ConfigError as error:
     raise WorkflowError("The configuration has errors; nothing was run.", *error.errors) from None
@@ -151,7 +158,8 @@ SHARDS = [str(number) for number in range(config["shards"])]
 
 def of_shard(path):
     """Where a shard of `path` is written: there, if there is one only; or else each its own, for gather_shards."""
-    return path if len(SHARDS) == 1 else path.replace(".", "/{shard}.", 1)
+    stem, _, suffix = path.partition(".")
+    return path if len(SHARDS) == 1 else f"{stem}/{{shard}}.{suffix}"
 
 
 def one_of(names):
@@ -181,6 +189,23 @@ def code(script):
     """
     script = str(Path(workflow.source_path(f"../../scripts/{script}")))
     return lambda wildcards: reached(script)
+
+
+def code_of_all(wildcards=None):
+    """The digests of all scripts, by name."""
+    return {script.name: reached(str(script)) for script in sorted(SCRIPTS.glob("*.py"))}
+
+
+def read_files():
+    """The files that data are read from, but for those fetched from the hub, whose commit is known."""
+    return sorted({str(file) for data in DATA.values() if "hub" not in data for file in source_files(data, Path())})
+
+
+def warn_of_differences():
+    """Where a run is made again from its record, say what is not as it was."""
+    if RECORD and workflow.is_main_process:
+        for sentence in record.differences(RECORD, code_of_all(), read_files()):
+            logger.warning(f"{workflow.configfiles[-1]}: {sentence}")
 
 
 LOADING = ["device", "dtype", "attention_backend", "experts_backend", "max_memory", "trust_remote_code"]

@@ -2,6 +2,7 @@
 
 INPUT   results/{dataset}/{model}/prompts.parquet, attribution/, routing/, interventions/
 OUTPUT  results/tables/{table}.{csv,parquet}, the tables of SUMMARIES
+        results/provenance.json    what made them, and a configuration that makes them again
 """
 
 FOLDERS = {
@@ -92,3 +93,32 @@ rule summarise_families:
         settings=dict(members=FAMILIES, confidence=config["statistics"]["confidence"]),
     script:
         "../../scripts/summarise_families.py"
+
+
+rule write_provenance:
+    """What made the tables of this run; `--configfile results/provenance.json` makes them again."""
+    input:
+        models=[f"results/models/{model}/model.json" for model in MODELS],
+        fetched=[f"results/{name}/source.json" for name, data in DATA.items() if "hub" in data],
+        prompts=[f"results/{dataset}/{model}/prompts.parquet" for dataset in DATA for model in MODELS],
+        files=read_files(),
+        tables=rules.tables.input,
+    output:
+        record="results/provenance.json",
+    log:
+        "results/logs/write_provenance.log",
+    benchmark:
+        "results/logs/write_provenance.benchmark.tsv"
+    localrule: True
+    conda:
+        "../../envs/analysis.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1),
+        runtime=minutes(10),
+    params:
+        code=code("write_provenance.py"),
+        code_of_all=code_of_all,
+        settings=settings(config=GIVEN),
+    script:
+        "../../scripts/write_provenance.py"

@@ -1,0 +1,114 @@
+"""What a run records of itself, and that it is enough to make its tables again."""
+
+import subprocess
+
+import pytest
+
+from moescope import artifacts, record
+
+import small
+
+
+@pytest.fixture(scope="module")
+def found(finished):
+    return artifacts.read_json(finished / "results/provenance.json")
+
+
+def test_a_run_records_all_that_its_tables_depend_on(finished, found):
+    models = ("small-moe", "small-dense")
+    described = {model: artifacts.read_json(finished / f"results/models/{model}/model.json") for model in models}
+    assert found["models"] == described
+    dataset = artifacts.table_provenance(finished / "results/facts/dataset.parquet")["dataset_digest"]
+    commits = {run["model"]: (run["model_commit"], run["dataset_digest"]) for run in found["runs"]}
+    assert commits == {model: (described[model]["commit"], dataset) for model in models}
+    assert all(run["torch"] and run["transformers"] and run["dtype"] == "float32" for run in found["runs"])
+    assert set(found["files"]) == {
+        f"config/facts/{name}.yaml" for name in small.SMALL["datasets"]["facts"]["relations"]
+    }
+    assert found["files"]["config/facts/animal_young.yaml"] == artifacts.file_digest(
+        finished / "config/facts/animal_young.yaml"
+    )
+    assert set(found["code"]) == {path.name for path in (finished / "scripts").glob("*.py")}
+    tables = sorted((finished / "results/tables").glob("*.csv"))
+    assert found["tables"] == {path.name: artifacts.file_digest(path) for path in tables}
+    assert found["config"]["seed"] == 0
+    assert found["config"]["models"]["small-moe"]["toy"]["seed"] == 0
+
+
+def test_every_table_says_which_data_models_and_code_made_it(finished, found):
+    tables = sorted((finished / "results/tables").glob("*.parquet"))
+    assert len(tables) == len(found["tables"])
+    runs = [{key: run[key] for key in ("dataset", "model", "model_commit", "dataset_digest")} for run in found["runs"]]
+    for path in tables:
+        made_by = artifacts.table_provenance(path)
+        assert made_by["settings"]["seed"] == 0
+        assert {"moescope", "pandas", "numpy"} <= made_by["versions"].keys()
+        assert made_by["sources"], path
+        for source in made_by["sources"]:
+            assert {key: source[key] for key in runs[0]} in runs
+            assert source["torch"]
+            for kind, code in source["code_digests"].items():
+                assert code in found["code"].values(), (path, kind)
+    sources = artifacts.table_provenance(finished / "results/tables/blocking.parquet")["sources"]
+    assert [source["code_digests"]["blocking"] for source in sources] == [found["code"]["block_experts.py"]]
+
+
+def test_a_run_is_made_again_from_its_record(finished, tmp_path):
+    """In a checkout with another configuration, of which nothing may come through."""
+    folder = small.make(tmp_path / "again", small.SMALL | {"seed": 7, "batch_size": 3, "texts": {}, "shards": 2})
+    again = ("--configfile", str(finished / "results/provenance.json"))
+    table = "results/tables/routing.csv"
+    printed = small.snakemake(folder, *again, table)
+    assert "provenance.json:" not in printed
+    assert (folder / table).read_bytes() == (finished / table).read_bytes()
+    assert not small.planned(folder, *again, table)
+
+    # What is not as it was is said.
+    facts, code = folder / "config/facts/animal_young.yaml", folder / "scripts/moescope/routing.py"
+    facts.write_text(facts.read_text() + "  camel: calf\n")
+    code.write_text(code.read_text() + "EDITED = True\n")
+    printed = small.snakemake(folder, *again, "--dry-run")
+    assert "provenance.json: config/facts/animal_young.yaml: its content is not what it was" in printed
+    assert "provenance.json: other code is below analyse_routing.py" in printed
+
+
+def test_moving_revisions_are_recorded_as_the_commits_that_they_were(tmp_path):
+    config = {
+        "models": {"a": {"hub": "owner/a", "revision": "main"}, "b": {"folder": "b", "revision": "main"}},
+        "datasets": {"c": {"hub": "owner/c", "revision": "v1"}, "d": {"path": "d", "revision": "main"}},
+        "texts": {},
+    }
+    for name in ("models/a/model.json", "models/b/model.json", "c/source.json"):
+        artifacts.write_json({"commit": f"commit of {name}"}, tmp_path / name)
+    models = [str(tmp_path / f"models/{name}/model.json") for name in "ab"]
+    found = record.of_run(config, {}, models, [str(tmp_path / "c/source.json")], [], [], [])
+    revisions = {
+        name: entry["revision"]
+        for section in ("models", "datasets")
+        for name, entry in found["config"][section].items()
+    }
+    assert revisions == {"a": "commit of models/a/model.json", "b": "main", "c": "commit of c/source.json", "d": "main"}
+    assert config["models"]["a"]["revision"] == "main"
+
+
+def test_a_checkout_says_its_commit_and_whether_it_was_edited(tmp_path):
+    assert record.checkout(tmp_path) == {}
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").write_text("a = 1\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    clean = record.checkout(tmp_path)
+    assert len(clean["commit"]) == 40
+    assert clean["edits"] == ""
+    (tmp_path / "code.py").write_text("a = 2\n")
+    edited = record.checkout(tmp_path)
+    assert edited["commit"] == clean["commit"]
+    assert edited["edits"]
+
+
+def test_other_versions_and_files_are_named():
+    found = {"versions": {"numpy": "0.1"}, "code": {}, "checkout": {}, "files": {"gone.yaml": "x"}}
+    sentences = list(record.differences(found, {}, ["new.yaml"]))
+    assert any(sentence.endswith("here, the record was made with 0.1") for sentence in sentences)
+    assert "gone.yaml: part of the record, but not read here" in sentences
+    assert "new.yaml: not part of the record" in sentences
