@@ -31,7 +31,7 @@ def blocks(prompts: pd.DataFrame, batch_size: int) -> list[Int[np.ndarray, " b"]
     """
     tokens = prompts["length"].to_numpy(int)
     if "target_ids" in prompts:
-        tokens = tokens + prompts["target_ids"].str.len().to_numpy(int)
+        tokens = tokens + prompts["target_ids"].map(len).to_numpy(int)
     order = np.lexsort([prompts["prompt_id"], tokens])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

@@ -1,5 +1,6 @@
 """A data set cut into shards gives the bits that it gives in one piece, however many shards there are."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,10 +27,10 @@ from moescope import (
 from moescope.activations import opened
 
 torch.set_num_threads(1)
-BATCH_SIZE = 10
+BATCH_SIZE = 5
 SHARDS = (2, 3, 7)
-"""Of 39 prompts there are four blocks, and of two relations two: some of seven shards have none."""
-RUNS = [("qwen2_moe", "all_tokens"), ("olmoe", "first_token"), ("llama", "all_tokens")]
+"""Of 16 prompts there are four blocks, and of two relations two: some of seven shards have none."""
+RUNS = [("qwen2_moe", "all_tokens"), ("llama", "first_token")]
 
 
 @st.composite
@@ -48,7 +49,7 @@ def test_blocks_are_a_partition_by_length_and_those_of_a_share_are_blocks_of_the
     assert sorted(row for block in found for row in block) == list(range(len(prompts)))
     assert all(len(block) == batch_size for block in found[:-1])
     assert all(1 <= len(block) <= batch_size for block in found)
-    given_tokens = prompts["target_ids"].str.len() if "target_ids" in prompts else 0
+    given_tokens = prompts["target_ids"].map(len) if "target_ids" in prompts else 0
     keys = list(zip(prompts["length"] + given_tokens, prompts["prompt_id"]))
     assert [keys[row] for block in found for row in block] == sorted(keys)
     # By the names of prompts: neither the number of shards nor the order of rows changes what is in a block.
@@ -72,13 +73,13 @@ def test_shards_of_a_table_without_prompts_must_be_the_same():
 def run(request, build, tokens, tmp_path_factory):
     """A model, its prompts, and what is chosen from all of them before any shard is measured."""
     name, answer = request.param
-    model = build(name)
+    model, tokens = build(name), tokens[tokens["object_tokens"] < 4]
     parts, folder = anatomy.find(model), tmp_path_factory.mktemp("shards")
     cache, prompts = captured(model, parts, tokens, folder, answer, 1)
     assert prompts["target_ids"].str.len().max() > 1 or answer == "first_token"
     _, heads, experts, _ = attribution.attribute(parts, cache, prompts)
     half = ablations.split_subjects(prompts, 0)
-    head_sets, _ = steering.choose_heads(parts, heads, prompts, half, [1, 2], 1, 0)
+    head_sets, _ = steering.choose_heads(parts, heads, prompts, half, [2], 1, 0)
     keys = utilization.find(model, parts, prompts, BATCH_SIZE, share=0.05)
     masked = masking.choose(prompts, half, *keys, utilization.units(parts), [0.05], [1], 1, 0)
     sets = []
@@ -134,55 +135,33 @@ def test_the_cache_has_the_same_bits(run):
 def measures(run):
     """By kinds of tables, a function from the number of a shard and that of shards to these tables."""
     model, parts, prompts, half = run.model, run.parts, run.prompts, run.half
+    of_blocks = {
+        ("head_map", "head_router"): lambda block: steering.sweep(model, parts, block, BATCH_SIZE),
+        ("head_blocking",): lambda block: [
+            steering.measure_head_blocking(model, parts, block, half[block.index], run.head_sets, BATCH_SIZE)
+        ],
+        ("key_neurons", "expert_tokens"): lambda block: utilization.find(model, parts, block, BATCH_SIZE, share=0.05),
+    }
+    if parts.is_moe:
+        of_blocks |= {
+            ("blocking",): lambda block: [
+                ablations.measure_blocking(model, parts, block, half[block.index], run.sets, BATCH_SIZE)
+            ],
+            ("keep_only",): lambda block: [ablations.measure_keep_only(model, parts, block, [1], BATCH_SIZE)],
+            ("expert_map",): lambda block: [expert_map.measure(model, parts, block, BATCH_SIZE, expert_map.POSITIONS)],
+            ("gate_gradients", "gate_paths"): lambda block: steering.gate_gradients(model, parts, block, BATCH_SIZE, 3),
+        }
+    for kinds, measure in of_blocks.items():
+        chosen = ablations.sample_subjects(prompts, 14, 0) if "gate_paths" in kinds else prompts
+        yield kinds, partial(samples.in_blocks, measure, chosen, BATCH_SIZE)
 
-    def in_blocks(measure, chosen=prompts):
-        return lambda *shard: samples.in_blocks(measure, chosen, BATCH_SIZE, *shard)
-
-    def of_share(*shard):
-        own = samples.share(prompts, BATCH_SIZE, *shard)
+    def mask(shard, shards):
+        own = samples.share(prompts, BATCH_SIZE, shard, shards)
         return [masking.measure(model, parts, own, half[own.index], run.masked, BATCH_SIZE)]
 
-    tracing_settings = {"n_prompts": 9, "noise": 3.0, "draws": 2, "coalitions": (1, 2), "seed": 0}
-    yield ["head_map", "head_router"], in_blocks(lambda block: steering.sweep(model, parts, block, BATCH_SIZE))
-    yield (
-        ["head_blocking"],
-        in_blocks(
-            lambda block: [
-                steering.measure_head_blocking(model, parts, block, half[block.index], run.head_sets, BATCH_SIZE)
-            ]
-        ),
-    )
-    yield (
-        ["tracing", "tracing_runs"],
-        lambda *shard: tracing.trace(
-            model, parts, prompts, BATCH_SIZE, shard=shard[0], shards=shard[1], **tracing_settings
-        ),
-    )
-    yield (
-        ["key_neurons", "expert_tokens"],
-        in_blocks(lambda block: utilization.find(model, parts, block, BATCH_SIZE, share=0.05)),
-    )
-    yield ["masking"], of_share
-    if parts.is_moe:
-        yield (
-            ["blocking"],
-            in_blocks(
-                lambda block: [ablations.measure_blocking(model, parts, block, half[block.index], run.sets, BATCH_SIZE)]
-            ),
-        )
-        yield (
-            ["keep_only"],
-            in_blocks(lambda block: [ablations.measure_keep_only(model, parts, block, [1], BATCH_SIZE)]),
-        )
-        yield (
-            ["expert_map"],
-            in_blocks(lambda block: [expert_map.measure(model, parts, block, BATCH_SIZE, ("readout", "all"))]),
-        )
-        sample = ablations.sample_subjects(prompts, 25, 0)
-        yield (
-            ["gate_gradients", "gate_paths"],
-            in_blocks(lambda block: steering.gate_gradients(model, parts, block, BATCH_SIZE, 3), sample),
-        )
+    yield ("masking",), mask
+    # Six prompts, twice the noise, one draw, one expert at a time, seed 0.
+    yield ("tracing", "tracing_runs"), partial(tracing.trace, model, parts, prompts, BATCH_SIZE, 6, 2.0, 1, [1], 0)
 
 
 def test_every_measure_gives_the_same_bits(run, tmp_path):
