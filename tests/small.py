@@ -45,6 +45,7 @@ SMALL = {
     "utilization": {"share": 0.02},
     "masking": {"shares": [0.02], "experts": [1], "random_draws": 2},
     "statistics": {"bootstrap_draws": 100},
+    "batch_size": 64,
 }
 # Li et al. 2025 (preset ka): for each relation LRE's folder, a template, and some of its facts.
 LRE = {

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
+
+from moescope import artifacts
 
 import small
 
@@ -118,17 +121,23 @@ def test_a_truncated_file_is_named(copy_of_finished, file, rule, target):
     assert "delete it and run again" in printed
 
 
-def test_shards_and_batches_change_no_table(copy_of_finished, finished):
-    folder = small.configure(copy_of_finished, small.SMALL | {"shards": 3, "batch_size": 7})
-    wanted = [f"results/tables/{name}.csv" for name in ("efficiency", "neurons", "blocking", "routing")]
-    assert {"capture": 6, "keep_only": 1}.items() <= small.planned(folder, *wanted).items()
-    shutil.rmtree(folder / "results/tables")
-    small.snakemake(folder, *wanted)
-    shards = sorted(path.name for path in (folder / "results/facts/small-moe/activations").glob("*.safetensors"))
-    assert shards == ["0.safetensors", "1.safetensors", "2.safetensors"]
-    one, other = small.tables(folder), small.tables(finished)
-    for name, table in one.items():
-        numbers = table.select_dtypes("number")
-        assert numbers.shape[0] > 0
-        difference = (numbers - other[name][numbers.columns]).abs().max().max()
-        assert difference <= 2e-5, (name, difference)
+def test_shards_change_no_byte_of_a_table(copy_of_finished, finished):
+    """Four batches of prompts in three shards, to the tables of experts and to what masking breaks."""
+    folder = small.configure(copy_of_finished, small.SMALL | {"shards": 3})
+    tables = [f"results/tables/{name}.csv" for name in ("blocking", "keep_only", "expert_map", "faithfulness")]
+    masking = "results/facts/small-moe/interventions/masking.parquet"
+    cut = ["capture", "block_experts", "keep_only", "map_experts", "find_key_neurons", "mask_keys"]
+    # Of block_experts two tables, of find_key_neurons three, and one of each other.
+    once = ["gather_prompts", "filter_known", "attribute", "summarise_interventions"]
+    expected = dict.fromkeys(cut, 3) | dict.fromkeys(once, 1) | {"gather_shards": 8}
+    assert small.planned(folder, *tables, masking) == expected
+    for path in (*tables, masking):
+        (folder / path).unlink()
+    small.snakemake(folder, *tables, masking)
+    for path in tables:
+        assert (folder / path).read_bytes() == (finished / path).read_bytes(), path
+    found, whole = (artifacts.read_table(run / masking, "masking") for run in (folder, finished))
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    for kind in ("activations", "interventions/blocking", "utilization/key_neurons"):
+        shards = {path.name.split(".")[0] for path in (folder / f"results/facts/small-moe/{kind}").glob("?.*")}
+        assert shards == {"0", "1", "2"}
