@@ -49,7 +49,19 @@ def test_code_of_others_is_run_by_one_module_and_only_when_the_configuration_say
 @pytest.mark.parametrize(
     "module",
     [
-        *["artifacts", "config", "facts", "logs", "plots", "published", "sources", "stats", "tables", "summaries"],
+        *[
+            "artifacts",
+            "config",
+            "facts",
+            "faults",
+            "logs",
+            "plots",
+            "published",
+            "sources",
+            "stats",
+            "tables",
+            "summaries",
+        ],
         *["cause_tables", "steering_tables", "routing_tables", "drawing", "cause_plots", "steering_plots"],
         *["routing_plots", "samples", "texts", "utilization_tables", "utilization_plots"],
         *["masking_tables", "masking_plots", "training_tables", "training_plots"],

@@ -11,11 +11,12 @@ from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 
 LIBRARY = (
-    "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints config"
-    " devices drawing expert_map facts intervene lens logs masking masking_plots masking_tables miniature models neurons planted"
-    " plots published queries rankings reading record resume responses router_attribution routing routing_plots routing_tables"
-    " samples sources stats steering steering_plots steering_tables summaries tables texts toy tracing training"
-    " training_plots training_tables utilization utilization_plots utilization_tables __init__"
+    "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints"
+    " config devices drawing expert_map facts faults intervene lens logs masking masking_plots masking_tables"
+    " miniature models neurons planted plots published queries rankings reading record responses resume"
+    " router_attribution routing routing_plots routing_tables samples sources stats steering steering_plots"
+    " steering_tables summaries tables texts toy tracing training training_plots training_tables utilization"
+    " utilization_plots utilization_tables __init__"
 ).split()
 
 # Deployed as a module, the workflow's files are copied one by one as their places are asked for:
@@ -29,6 +30,7 @@ from moescope.artifacts import digest, read_json, table_provenance, versions
 from moescope.config import CHECKPOINT_FILES, ConfigError, family_members, is_moe, model_sources, resolve
 from moescope.config import source_files, wanted_relations, with_defaults, yaml_error
 from moescope.facts import n_prompts
+from moescope.faults import FaultError, begin, explain, mend_times
 
 CONFIG_FILE = "config/config.yaml"
 if sentence := yaml_error(Path(CONFIG_FILE)):
@@ -49,6 +51,13 @@ try:
     config, RELATIONS = resolve(config, SCHEMA, ", ".join(map(str, workflow.configfiles)) or "config")
 except ConfigError as error:
     raise WorkflowError("The configuration has errors; nothing was run.", *error.errors) from None
+
+RESULTS = Path("results")
+# Before Snakemake looks at any time. Jobs on a cluster read this file, too.
+if workflow.is_main_process and (mended := mend_times(RESULTS)):
+    logger.warning(
+        f"{RESULTS}/: {mended} files were dated in the future, by a clock that was wrong; they are dated back."
+    )
 
 MODELS = {name: model | {"moe": is_moe(model)} for name, model in config["models"].items()}
 DATASETS = {
@@ -160,6 +169,20 @@ def of_shard(path):
     """Where a shard of `path` is written: there, if there is one only; or else each its own, for gather_shards."""
     stem, _, suffix = path.partition(".")
     return path if len(SHARDS) == 1 else f"{stem}/{{shard}}.{suffix}"
+
+
+def begin_run():
+    """What is done before the first job: see faults.begin."""
+    try:
+        begin(RESULTS)
+    except FaultError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def explain_failure(logs):
+    """Write the end of a failed run: see faults.explain."""
+    for sentence in explain("".join(Path(log).read_text(encoding="utf-8", errors="replace") for log in logs)):
+        logger.error(sentence)
 
 
 def one_of(names):
