@@ -33,7 +33,7 @@ ENDS = {
     r"sbatch failed": ("could not be submitted", "mend what sbatch complains about above"),
     "": ("ended without a word in its log", "mend what is said of it above"),
 }
-LOG_FILE = re.compile(r"^Logfile (.+):\n(=+)\n(.*?)^\2$", re.MULTILINE | re.DOTALL)
+LOG_FILE = re.compile(r"^Logfile (.+):\n(=+)\n((?:.*\n)*?)\2$", re.MULTILINE)
 EVENT = re.compile(
     r"^Trying to restart job (?P<restarted>\d+)\."
     r"|^Error in rule (?P<rule>.+):\n(?P<error>(?: {4}.*\n)+)"
