@@ -2,6 +2,7 @@
 
 import copy
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import pandas as pd
 import pytest
+from benchmarks import kills
 
 from moescope import artifacts
 
@@ -70,55 +72,149 @@ def test_a_target_of_a_misspelt_model_is_refused(tmp_path):
     assert "MissingRuleException" in small.snakemake(folder, target, check=False)
 
 
-@pytest.mark.parametrize("stage", ["train_toy", "capture", "block_experts"])
-def test_a_killed_run_is_finished_by_the_same_command(tmp_path, finished, copy_of_finished, stage):
-    """SIGKILL of the whole process group in the middle of a stage; the lock is stale and the outputs half-made."""
-    folder = copy_of_finished
-    for made in (folder / "results").iterdir():
-        if made.name != "models" or stage == "train_toy":
-            shutil.rmtree(made)
-    wanted = f"results/tables/{'blocking' if stage == 'block_experts' else 'efficiency'}.csv"
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", wanted]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
-        wait_for(lambda: list((folder / "results/logs").glob(f"{stage}/**/*.log")), process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "results/models").rglob("*") if path.is_file()}
-    small.snakemake(folder, "--unlock")
-    small.snakemake(folder, wanted)
-    assert (folder / wanted).read_bytes() == (finished / wanted).read_bytes()
-    if stage != "train_toy":
+STAGES = ["train_toy", "capture", "gather_prompts", "attribute", "keep_only", "summarise_attribution", "plot"]
+
+
+def test_a_run_killed_in_every_stage_is_finished_by_the_same_command(tmp_path, finished, copy_of_finished):
+    """SIGKILL of the whole process group in the middle of each stage in turn: the results are the same in the end."""
+    folder, log, moments = copy_of_finished, tmp_path / "log", random.Random(7)
+    targets = ["figures/facts.efficiency.svg", "facts/small-moe/interventions/keep_only.parquet"]
+    targets = [f"results/{target}" for target in targets]
+    for made in ("models/small-moe", "facts/small-moe", "tables", "figures", "logs"):
+        shutil.rmtree(folder / "results" / made)
+    killed = []
+    for stage in STAGES:
+        process = kills.start(folder, log, *targets)
+        place = folder / "results/logs"
+        if kills.wait_for(lambda: [*place.glob(f"{stage}.log"), *place.glob(f"{stage}/**/*.log")], process):  # noqa: B023
+            time.sleep(moments.uniform(0, 2))
+            killed.append((kills.kill(process, log), kills.finished_files(folder)))
+    small.snakemake(folder, *targets)
+    assert {rule for rules, _ in killed for rule in rules} >= {"train_toy", "capture", "attribute", "keep_only"}
+    for rules, kept in killed:
         assert kept
-        assert {path: path.stat().st_mtime_ns for path in kept} == kept, "finished models were trained again"
+        assert not kills.computed_twice(kept), rules
+    made = {str(path.relative_to(folder / "results")) for path in (folder / "results").rglob("*.*")}
+    assert made >= {"tables/efficiency.csv", "facts/small-moe/interventions/keep_only.parquet"}
+    assert not made & set(kills.differences(folder, finished))
     assert not list((folder / "results").rglob("*.part"))
-
-
-def wait_for(condition, process, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
     ("file", "rule", "target"),
     [
         ("facts/small-moe/activations/0.safetensors", "attribute", "facts/small-moe/attribution/layers.parquet"),
-        ("facts/small-moe/prompts.parquet", "keep_only", "facts/small-moe/interventions/keep_only.parquet"),
         ("models/small-moe/model.safetensors", "keep_only", "facts/small-moe/interventions/keep_only.parquet"),
     ],
 )
-def test_a_truncated_file_is_named(copy_of_finished, file, rule, target):
+def test_a_file_with_one_flipped_bit_is_named(copy_of_finished, file, rule, target):
     path = copy_of_finished / "results" / file
-    stat = path.stat()
-    path.write_bytes(path.read_bytes()[:-100])
+    stat, whole = path.stat(), path.read_bytes()
+    path.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     printed = small.snakemake(copy_of_finished, f"results/{target}", "--force", "--allowed-rules", rule, check=False)
     assert f"Error in rule {rule}" in printed
-    assert "results/" + file.removesuffix("model.safetensors") in printed
-    assert "delete it and run again" in printed
+    assert f"results/{file}: damaged: its content is not what was written; delete it and run again" in printed
+
+
+def mentioned(log, text):
+    """Whether a run has printed this."""
+    return lambda: text in log.read_text()
+
+
+def test_two_runs_at_once_a_killed_job_and_ctrl_c(tmp_path, finished, copy_of_finished):
+    """Each ends with a sentence, and the same command then finishes with the same tables."""
+    folder, log = copy_of_finished, tmp_path / "log"
+    targets = ["results/tables/efficiency.csv"]
+    shutil.rmtree(folder / "results/tables")
+    shutil.rmtree(folder / "results/facts/small-moe/attribution")
+
+    def job():
+        """The process of the job that runs: the script's name is on its command line."""
+        found = subprocess.run(["pgrep", "-f", f"{folder}/.snakemake/scripts"], capture_output=True, text=True).stdout
+        return [int(line) for line in found.split()]
+
+    first = kills.start(folder, log, *targets)
+    assert kills.wait_for(job, first)
+    refused = small.snakemake(folder, *targets, check=False)
+    assert f"results/: another run is at work here (process {first.pid} on" in refused
+    assert "Traceback" not in refused
+    [pid] = job()
+    os.kill(pid, signal.SIGKILL)
+    assert first.wait() == 1
+    assert "attribute (log: results/logs/attribute/facts/small-moe.log) was killed, most often" in log.read_text()
+
+    stopped = kills.start(folder, log, *targets)
+    assert kills.wait_for(job, stopped)
+    os.killpg(stopped.pid, signal.SIGINT)
+    assert stopped.wait() == 1
+    assert "The run was stopped" in log.read_text()
+
+    # Snakemake alone is killed: its job does not go on in its back.
+    alone = kills.start(folder, log, *targets)
+    assert kills.wait_for(job, alone)
+    alone.kill()
+    alone.wait()
+    end = time.monotonic() + 10
+    while job():
+        assert time.monotonic() < end
+
+    small.snakemake(folder, *targets)
+    assert (folder / targets[0]).read_bytes() == (finished / targets[0]).read_bytes()
+    assert not list((folder / "results").rglob("*.part"))
+
+
+DISKS = """
+set -eu
+mount -t tmpfs -o size=100m tmpfs disk
+cp -a results/. disk/
+mount --bind disk results
+mount -o remount,bind,ro results
+{run} > read-only.txt 2>&1 && exit 2
+umount results
+mount --move disk results
+cat /dev/zero > results/filler 2> /dev/null || true
+truncate -s -{free} results/filler
+{run} > full.txt 2>&1 && exit 3
+find results -name "*.part" > left.txt
+rm results/filler
+{run} > freed.txt 2>&1
+cp {target} again.csv
+"""
+
+
+def test_a_read_only_folder_and_a_full_disk(finished, copy_of_finished):
+    """Real ones: a small tmpfs in a mount namespace of its own, gone with the process."""
+    folder, target = copy_of_finished, "results/tables/efficiency.csv"
+    (folder / "disk").mkdir()
+    shutil.rmtree(folder / "results/tables")
+    run = f"{sys.executable} -m snakemake --cores 2 {target}"
+    root = [] if os.getuid() == 0 else ["--map-root-user"]
+    script = DISKS.format(run=run, target=target, free=20_000)
+    subprocess.run(["unshare", "--mount", *root, "sh", "-c", script], cwd=folder, check=True)
+    said = {path.stem: path.read_text() for path in folder.glob("*.txt")}
+    assert "results/: cannot be written" in said["read-only"]
+    assert "make its folder writable, then run the same command" in said["read-only"]
+    assert "rule summarise_attribution" not in said["read-only"]
+    assert "the disk is full; free space, then run the same command" in said["full"]
+    assert "results/tables/efficiency" in said["full"].split("the disk is full")[0].splitlines()[-1]
+    assert not said["left"]
+    assert (folder / "again.csv").read_bytes() == (finished / target).read_bytes()
+
+
+def test_a_clock_that_was_wrong_neither_repeats_nor_hides_work(copy_of_finished):
+    folder, ahead = copy_of_finished, 36 * 3600 * 10**9
+    for path in (folder / "results").rglob("*"):
+        when = path.lstat().st_mtime_ns + ahead
+        os.utime(path, ns=(when, when), follow_symlinks=False)
+    table = folder / "results/tables/efficiency.csv"
+    table.unlink()
+    assert "files were dated in the future" in small.snakemake(folder, "results/tables/efficiency.csv")
+    assert table.exists()
+    assert small.planned(folder, "tables") == {}
+    facts = folder / "config/facts/animal_young.yaml"
+    facts.write_text(facts.read_text() + "  newt: eft\n")
+    assert "write_dataset" in small.planned(folder, "tables")
 
 
 def test_shards_change_no_byte_of_a_table(copy_of_finished, finished):
