@@ -98,6 +98,12 @@ def mend_times(folder: Path) -> int:
     return len(future)
 
 
+def full(folder: Path, least: int = 10**6) -> list[str]:
+    """A sentence if the disk of `folder` has fewer than `least` bytes left: Snakemake's own log may lack the end."""
+    free = shutil.disk_usage(folder).free
+    return [f"{folder}/: its disk is full ({free} bytes left); free space, {AGAIN}."] if free < least else []
+
+
 def explain(log: str) -> list[str]:
     """Sentences on a failed run from Snakemake's own log: which job ended how, its log file, and what to do.
 

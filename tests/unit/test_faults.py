@@ -60,6 +60,12 @@ def test_a_file_in_place_of_the_results_is_named(tmp_path):
         assert run.wait() == 1
 
 
+def test_a_full_disk_is_named(tmp_path):
+    [sentence] = faults.full(tmp_path, least=2**62)
+    assert re.search(rf"{tmp_path}/: its disk is full \(\d+ bytes left\); free space, then run the same", sentence)
+    assert not faults.full(tmp_path, least=0)
+
+
 def dated(folder, **seconds):
     now = time.time_ns()
     for name, ahead in seconds.items():

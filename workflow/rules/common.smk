@@ -1,5 +1,6 @@
 """What all rules share: the checked configuration, the code digests, the wildcards. No rules here."""
 
+import logging
 import os
 import sys
 from functools import cache
@@ -30,7 +31,7 @@ from moescope.artifacts import digest, read_json, table_provenance, versions
 from moescope.config import CHECKPOINT_FILES, ConfigError, family_members, is_moe, model_sources, resolve
 from moescope.config import source_files, wanted_relations, with_defaults, yaml_error
 from moescope.facts import n_prompts
-from moescope.faults import FaultError, begin, explain, mend_times
+from moescope.faults import FaultError, begin, explain, full, mend_times
 
 CONFIG_FILE = "config/config.yaml"
 if sentence := yaml_error(Path(CONFIG_FILE)):
@@ -173,6 +174,8 @@ def of_shard(path):
 
 def begin_run():
     """What is done before the first job: see faults.begin."""
+    # A log on a full disk must not bury what is said on the terminal under a traceback for each line.
+    logging.raiseExceptions = False
     try:
         begin(RESULTS)
     except FaultError as error:
@@ -181,7 +184,8 @@ def begin_run():
 
 def explain_failure(logs):
     """Write the end of a failed run: see faults.explain."""
-    for sentence in explain("".join(Path(log).read_text(encoding="utf-8", errors="replace") for log in logs)):
+    log = "".join(Path(log).read_text(encoding="utf-8", errors="replace") for log in logs)
+    for sentence in [*explain(log), *(full(RESULTS) or full(Path(".snakemake")))]:
         logger.error(sentence)
 
 
