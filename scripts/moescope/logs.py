@@ -15,8 +15,7 @@ PR_SET_PDEATHSIG = 1
 def to_file_and_terminal(path: str | Path) -> None:
     """Send the root logger, warnings and any uncaught exception to `path` and to standard error.
 
-    The job ends when the process that started it is killed: where it ran on, it would write to the files of the next
-    run.
+    From here on the job dies with the process that started it: it would write to the files of the next run.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
