@@ -4,9 +4,30 @@ import os
 
 import pytest
 
+import cluster
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Workers of pytest share the cores; small models gain nothing from more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+NO_CLUSTER = cluster.missing()
+
+
+def pytest_configure():
+    if NO_CLUSTER and os.environ.get("MOESCOPE_CLUSTER"):
+        raise pytest.UsageError(NO_CLUSTER)
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = [item for item in items if NO_CLUSTER and "slurm" in item.fixturenames]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter):
+    if NO_CLUSTER:
+        terminalreporter.write_line(f"Not run, the tests on a SLURM cluster: {NO_CLUSTER}")
+
 
 CAPITALS = """
 task: geography

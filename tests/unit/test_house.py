@@ -1,7 +1,9 @@
 """Rules of the house that no linter knows."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -163,3 +165,19 @@ def test_every_scripts_imports_are_in_its_environment():
     assert checked == {path.name for path in SCRIPTS}
     # transformers imports it by itself, to spread a model over devices.
     assert "accelerate" in env_pins(ROOT / "envs/model.yaml")
+
+
+@pytest.mark.parametrize(("asked_for", "said"), [("", "Not run, the tests on a SLURM cluster: "), ("1", "ERROR: ")])
+def test_tests_on_a_cluster_are_left_out_where_there_is_none_and_said_to_be(tmp_path, asked_for, said):
+    """Where they are asked for, as in CI, nothing is run at all."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "tests/workflow/test_slurm.py"],
+        cwd=ROOT,
+        env=os.environ | {"PATH": str(tmp_path), "MOESCOPE_CLUSTER": asked_for},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert re.search(rf"^{said}no .*\bsbatch, .* \(apt-get install munge ", done.stdout + done.stderr, re.M)
+    assert "test_a_job" not in done.stdout
+    assert bool(done.returncode) == bool(asked_for)
