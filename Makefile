@@ -1,8 +1,9 @@
 # make run     set up, run the main job on toy models, write results/report.html
+# make plan    set up, print what the main job would take: jobs, tokens, disk, GPU memory
 # make test    set up, run the tests
 # make check   format, lint and type checks
 # make clean   remove all results
-.PHONY: run test check clean
+.PHONY: run plan test check clean
 
 PYTHON ?= python3
 CORES ?= all
@@ -16,6 +17,9 @@ run: $(VENV)/run
 		$(BIN)/snakemake --report results/report.html; \
 	fi
 	@echo "The report is results/report.html, the tables are in results/tables."
+
+plan: $(VENV)/run
+	@$(BIN)/snakemake plan --cores 1 --quiet all
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -227,6 +227,13 @@ def config_of(description: Mapping[str, Any], trust_remote_code: bool = False) -
         return _config(folder, trust_remote_code)
 
 
+def glimpse(description: Mapping[str, Any], trust_remote_code: bool = False) -> tuple[PreTrainedConfig, Any]:
+    """The configuration of a described model, and its tokenizer; weights are not looked at."""
+    config, folder = config_of(description, trust_remote_code), folder_of(description)
+    with _sentences_of_loading(folder):
+        return config, _tokenizer(folder, trust_remote_code)
+
+
 def auto_class(config: PreTrainedConfig) -> Any:
     """The class that loads a model: of a model that reads images too, only text is ever given to it."""
     sees = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

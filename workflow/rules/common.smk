@@ -14,7 +14,7 @@ from snakemake.logging import logger
 LIBRARY = (
     "ablations activations anatomy artifacts attribution bounds capture cause_plots cause_tables checkpoints"
     " config devices drawing expert_map facts faults intervene lens logs masking masking_plots masking_tables"
-    " miniature models neurons planted plots published queries rankings reading record responses resume"
+    " miniature models neurons plan planted plots published queries rankings reading record responses resume"
     " router_attribution routing routing_plots routing_tables samples sources stats steering steering_plots"
     " steering_tables summaries tables texts toy tracing training training_plots training_tables utilization"
     " utilization_plots utilization_tables __init__"
