@@ -226,6 +226,8 @@ def shape_of(config: PreTrainedConfig, dtype: str = "auto") -> Shape:
         parts = anatomy.find(small)
         # Some parts are float32 whatever the weights are.
         found, _ = capture.record(small.to(kind), parts, torch.arange(4, 16).reshape(2, 6))
+    except AnatomyError:
+        raise
     except checkpoints.FAILURES as error:
         raise AnatomyError(f"no miniature of {config.model_type} could be built ({type(error).__name__})") from error
     unembedding = cast(nn.Linear, model.get_output_embeddings())
@@ -388,7 +390,7 @@ def dataset_files(shape: Shape, prompts: Prompts, config: Mapping[str, Any], sta
     with_answers = length + prompts.answers / n - 1
     keys = KEY_BYTES * max(1, config["utilization"]["share"] * shape.neurons) * prompts.answers / n
     chosen = 0.75 * sum(layer.k for layer in shape.layers)
-    in_full = config["expert_map"]["positions"] != ["readout"]
+    gradients, in_full = config["gate_gradients"], config["expert_map"]["positions"] != ["readout"]
     moe = any(layer.experts for layer in shape.layers)
     each = BYTES | {"key_neurons": (4100, 1 + keys)} | dict.fromkeys(STATES, (5900, 9 + keys + chosen))
     each["head_blocking"] = (6550, 10 if moe else 3.9)
@@ -397,14 +399,12 @@ def dataset_files(shape: Shape, prompts: Prompts, config: Mapping[str, Any], sta
         "queries": prompts.tokens,
         "head_map": prompts.tokens + rows["head_map"],
         "expert_map": prompts.tokens + rows["expert_map"] * (length if in_full else 1),
+        "gate_gradients": moe * min(n, gradients["prompts"]) * (length + gradients["steps"] + 3),
         "tracing": (rows["tracing"] + 2 * rows["tracing_runs"]) * length,
         "masking": rows["masking"] * with_answers,
         "key_neurons": n * with_answers,
         "checkpoint": 2 * n * with_answers,
     }
-    if rows["gate_paths"]:
-        traced = min(n, config["gate_gradients"]["prompts"])
-        tokens["gate_gradients"] = traced * (length + config["gate_gradients"]["steps"] + 3)
     found = {kind: File(empty, rows.get(kind, 0) * row, tokens.get(kind, 0)) for kind, (empty, row) in each.items()}
     header = artifacts.MAX_HEADER + 90 * shape.tensors
     return found | {
@@ -447,42 +447,27 @@ def estimate(
     ]
     notes += [f"{name}: unknown, since its samples are counted when they are read" for name in config["texts"]]
     for name, model in config["models"].items():
-        if not any(job.model == name for job in jobs):
+        mine = [job for job in jobs if job.model == name]
+        if not mine:
             continue
-        files: dict[str, dict[str, File]] = {}
-        memory = UNKNOWN
+        files, gpu = dict[str, dict[str, File]](), UNKNOWN
         try:
-            settings, tokenizer = _settings(name, model, tables, config, name in trusted)
-            shape = shape_of(settings, model["dtype"])
-            if "toy" in model:
-                learned = cast(pd.DataFrame, tables[config["toy_training"]["dataset"]])
-                files[""] = toy_files(shape, tokenizer, learned, model, config["toy_training"]["epochs"])
-            else:
-                files[""] = {"text": File(1000 + shape.stored * ("hub" in model))}
-            states = len(model["checkpoints"]) + ("toy" in model)
-            for dataset, of in config["datasets"].items():
-                if (table := tables[dataset]) is not None:
-                    prompts = prompts_of(select(table, of["templates"]), tokenizer, of["answer"])
-                    files[dataset] = dataset_files(shape, prompts, config, states)
-                    needed = shape.gpu(config["batch_size"], prompts.tokens / prompts.n)
-                    memory = needed if isnan(memory) else max(needed, memory)
+            files, gpu = _model_files(name, model, tables, config, name in trusted)
         except (AnatomyError, checkpoints.CheckpointError, toy.ToyError, FactsError) as error:
             notes.append(f"{name}: unknown, since {error}")
-        for job in jobs:
-            if job.model == name:
-                line, known = lines[name, job.stage], files.get(job.wildcards.get("dataset", ""))
-                line.jobs += 1
-                share = 1 / config["shards"] if "shard" in job.wildcards else 1
-                for path in job.outputs:
-                    kind = _kind(path)
-                    if known is not None and kind not in known:
-                        notes.append(f"{path}: not estimated")
-                    file = known.get(kind, File()) if known is not None else File(UNKNOWN, 0, UNKNOWN)
-                    line.disk += file.empty + share * file.rest
-                    if job.forward or job.stage == "models":
-                        line.tokens += share * file.tokens
-                if job.forward and model["device"] != "cpu":
-                    line.gpu = memory
+        for job in mine:
+            line, known = lines[name, job.stage], files.get(job.wildcards.get("dataset", ""))
+            share = 1 / config["shards"] if "shard" in job.wildcards else 1
+            line.jobs += 1
+            for path in job.outputs:
+                kind = _kind(path)
+                if known is not None and kind not in known:
+                    notes.append(f"{path}: not estimated")
+                file = known.get(kind, File()) if known is not None else File(UNKNOWN, 0, UNKNOWN)
+                line.disk += file.empty + share * file.rest
+                line.tokens += share * file.tokens if job.forward or job.stage == "models" else 0
+            if job.forward and model["device"] != "cpu":
+                line.gpu = gpu
     for job in jobs:
         if not job.model:
             lines["", job.stage].jobs += 1
@@ -498,20 +483,44 @@ def report(lines: Mapping[tuple[str, str], Line], notes: Sequence[str]) -> str:
     width = max(5, *(len(model) for model, _ in lines)) + 2
     rows = [f"{'model':{width}}{'stage':15}{'jobs':>6}{'tokens':>15}{'disk, GB':>12}{'GPU, GB':>10}"]
     for (model, stage), line in lines.items():
-        own = bool(model)
-        cells = f"{_number(line.tokens, 0):>15}{_number(line.disk):>12}{_number(line.gpu):>10}" if own else ""
+        cells = f"{_whole(line.tokens):>15}{_gigabytes(line.disk):>12}{_gigabytes(line.gpu):>10}" if model else ""
         rows.append(f"{model or 'all':{width}}{stage:15}{line.jobs:>6}{cells}")
     known = [line for line in lines.values() if not isnan(line.tokens + line.disk)]
     total = Line(sum(line.jobs for line in lines.values()), *(sum(getattr(x, of) for x in known) for of in SUMS))
-    cells = f"{_number(total.tokens, 0):>15}{_number(total.disk):>12}"
+    cells = f"{_whole(total.tokens):>15}{_gigabytes(total.disk):>12}"
     rows.append(f"{'known' if len(known) < len(lines) else 'sum':{width}}{'':15}{total.jobs:>6}{cells}")
     return "\n".join([*rows, "", *EXPLAINED, *notes])
 
 
-def _number(x: float, digits: int | None = None) -> str:
-    if isnan(x):
-        return "?"
-    return f"{x:,.0f}" if digits == 0 else "-" if not x else f"{x / 1e9:,.4f}"
+def _model_files(
+    name: str,
+    model: Mapping[str, Any],
+    tables: Mapping[str, pd.DataFrame | None],
+    config: Mapping[str, Any],
+    trusted: bool,
+) -> tuple[dict[str, dict[str, File]], float]:
+    """The files of a model, by data set (empty: its own) and kind, and bytes of GPU memory. Raises as `_settings`."""
+    settings, tokenizer = _settings(name, model, tables, config, trusted)
+    shape, gpu = shape_of(settings, model["dtype"]), list[float]()
+    files = {"": {"text": File(1000 + shape.stored * ("hub" in model))}}
+    if "toy" in model:
+        learned = cast(pd.DataFrame, tables[config["toy_training"]["dataset"]])
+        files[""] = toy_files(shape, tokenizer, learned, model, config["toy_training"]["epochs"])
+    for dataset, table in tables.items():
+        if table is not None:
+            of = config["datasets"][dataset]
+            prompts = prompts_of(select(table, of["templates"]), tokenizer, of["answer"])
+            files[dataset] = dataset_files(shape, prompts, config, states=len(model["checkpoints"]) + ("toy" in model))
+            gpu.append(shape.gpu(config["batch_size"], prompts.tokens / prompts.n))
+    return files, max(gpu, default=UNKNOWN)
+
+
+def _whole(x: float) -> str:
+    return "?" if isnan(x) else f"{x:,.0f}"
+
+
+def _gigabytes(x: float) -> str:
+    return "?" if isnan(x) else f"{x / 1e9:,.4f}" if x else "-"
 
 
 def _kind(path: str) -> str:
