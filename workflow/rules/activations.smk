@@ -57,6 +57,7 @@ rule gather_prompts:
         "results/logs/gather_prompts/{dataset}/{model}.log",
     benchmark:
         "results/logs/gather_prompts/{dataset}/{model}.benchmark.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     threads: 1
@@ -81,6 +82,7 @@ rule filter_known:
         "results/logs/filter_known/{dataset}/{model}.log",
     benchmark:
         "results/logs/filter_known/{dataset}/{model}.benchmark.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     threads: 1

@@ -22,6 +22,7 @@ rule fetch_dataset:
         "results/logs/fetch_dataset/{dataset}.benchmark.tsv"
     wildcard_constraints:
         dataset=one_of([name for name, data in DATA.items() if "hub" in data]),
+    localrule: True
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -48,6 +49,7 @@ rule write_dataset:
         "results/logs/write_dataset/{dataset}.log",
     benchmark:
         "results/logs/write_dataset/{dataset}.benchmark.tsv"
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     threads: 1

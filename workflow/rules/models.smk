@@ -50,6 +50,7 @@ rule describe_model:
         "results/logs/describe_model/{model}.benchmark.tsv"
     wildcard_constraints:
         model=one_of([name for name in MODELS if name not in TOYS]),
+    localrule: True
     conda:
         "../../envs/model.yaml"
     threads: 1
@@ -73,6 +74,7 @@ rule describe_checkpoint:
         "results/logs/describe_checkpoint/{model}/{checkpoint}.benchmark.tsv"
     wildcard_constraints:
         model=one_of([name for name in TRAINED if name not in TOYS]),
+    localrule: True
     conda:
         "../../envs/model.yaml"
     threads: 1

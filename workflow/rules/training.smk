@@ -57,6 +57,7 @@ rule gather_checkpoints:
         "results/logs/gather_checkpoints/{dataset}/{model}.benchmark.tsv"
     wildcard_constraints:
         model=one_of(TRAINED),
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     threads: 1

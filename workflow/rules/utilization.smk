@@ -29,6 +29,7 @@ rule write_texts:
         "results/logs/write_texts/{dataset}.benchmark.tsv"
     wildcard_constraints:
         dataset=one_of(TEXTS),
+    localrule: True
     conda:
         "../../envs/analysis.yaml"
     threads: 1
