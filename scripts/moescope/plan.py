@@ -413,12 +413,12 @@ def dataset_files(shape: Shape, prompts: Prompts, config: Mapping[str, Any], sta
     }
 
 
-def toy_files(
-    shape: Shape, tokenizer: Any, prompts: pd.DataFrame, model: Mapping[str, Any], epochs: int
-) -> dict[str, File]:
-    """The files of a toy model that learns these prompts, by kind; the tokens are those of training and its check."""
-    found, _ = tokenise(tokenizer, prompts)
-    held_out, training = (found[found["held_out"] == of] for of in (True, False))
+def toy_files(shape: Shape, tokenizer: Any, learned: pd.DataFrame, states: int, epochs: int) -> dict[str, File]:
+    """The files of a toy model, by kind; the tokens are those of training on the prompts `learned` and of its check.
+
+    `learned` is from facts.tokenise; `states` of training are kept beside the last.
+    """
+    held_out, training = (learned[learned["held_out"] == of] for of in (True, False))
     checks = 2 + 2 * any(layer.shared for layer in shape.layers)
     tokens = epochs * training["length"].sum() + checks * held_out["length"].sum()
     tokens += training.loc[training["template_id"] == 0, "length"].sum()
@@ -426,7 +426,7 @@ def toy_files(
     return {
         "weights": File(shape.stored, 0, float(tokens)),
         "tokenizer": File(vocabulary),
-        "states": File(len(model["checkpoints"]) * (shape.stored + vocabulary + 2200)),
+        "states": File(states * (shape.stored + vocabulary + 2200)),
         "text": File(1000),
     }
 
@@ -446,13 +446,18 @@ def estimate(
         if table is None
     ]
     notes += [f"{name}: unknown, since its samples are counted when they are read" for name in config["texts"]]
+    toys = None
+    if any("toy" in config["models"][job.model] for job in jobs if job.model):
+        table = cast(pd.DataFrame, tables[config["toy_training"]["dataset"]])
+        tokenizer = toy.train_tokenizer(table)
+        toys = tokenizer, tokenise(tokenizer, table)[0]
     for name, model in config["models"].items():
         mine = [job for job in jobs if job.model == name]
         if not mine:
             continue
         files, gpu = dict[str, dict[str, File]](), UNKNOWN
         try:
-            files, gpu = _model_files(name, model, tables, config, name in trusted)
+            files, gpu = _model_files(name, model, tables, config, toys, name in trusted)
         except (AnatomyError, checkpoints.CheckpointError, toy.ToyError, FactsError) as error:
             notes.append(f"{name}: unknown, since {error}")
         for job in mine:
@@ -497,20 +502,29 @@ def _model_files(
     model: Mapping[str, Any],
     tables: Mapping[str, pd.DataFrame | None],
     config: Mapping[str, Any],
+    toys: tuple[Any, pd.DataFrame] | None,
     trusted: bool,
 ) -> tuple[dict[str, dict[str, File]], float]:
-    """The files of a model, by data set (empty: its own) and kind, and bytes of GPU memory. Raises as `_settings`."""
-    settings, tokenizer = _settings(name, model, tables, config, trusted)
-    shape, gpu = shape_of(settings, model["dtype"]), list[float]()
-    files = {"": {"text": File(1000 + shape.stored * ("hub" in model))}}
-    if "toy" in model:
-        learned = cast(pd.DataFrame, tables[config["toy_training"]["dataset"]])
-        files[""] = toy_files(shape, tokenizer, learned, model, config["toy_training"]["epochs"])
+    """The files of a model, by data set (empty: its own) and kind, and bytes of GPU memory.
+
+    `toys` are the tokenizer of all toys and what they learn, in its tokens. Raises CheckpointError, ToyError,
+    AnatomyError and FactsError.
+    """
+    gpu, states = list[float](), len(model["checkpoints"])
+    if "toy" in model and toys is not None:
+        tokenizer, learned = toys
+        sizes = {key: value for key, value in model["toy"].items() if key not in ("seed", "load_balancing")}
+        shape = shape_of(toy.config_of(toy.Shape(**sizes), len(tokenizer)), model["dtype"])
+        files = {"": toy_files(shape, tokenizer, learned, states, config["toy_training"]["epochs"])}
+    else:
+        settings, tokenizer = _settings(name, model, trusted)
+        shape = shape_of(settings, model["dtype"])
+        files = {"": {"text": File(1000 + shape.stored * ("hub" in model))}}
     for dataset, table in tables.items():
         if table is not None:
             of = config["datasets"][dataset]
             prompts = prompts_of(select(table, of["templates"]), tokenizer, of["answer"])
-            files[dataset] = dataset_files(shape, prompts, config, states=len(model["checkpoints"]) + ("toy" in model))
+            files[dataset] = dataset_files(shape, prompts, config, states + ("toy" in model))
             gpu.append(shape.gpu(config["batch_size"], prompts.tokens / prompts.n))
     return files, max(gpu, default=UNKNOWN)
 
@@ -552,18 +566,8 @@ def _table(
     return artifacts.read_table(path, "dataset")
 
 
-def _settings(
-    name: str,
-    model: Mapping[str, Any],
-    tables: Mapping[str, pd.DataFrame | None],
-    config: Mapping[str, Any],
-    trusted: bool,
-) -> tuple[PreTrainedConfig, Any]:
-    """The configuration and the tokenizer of a model, without its weights. Raises CheckpointError or ToyError."""
-    if "toy" in model:
-        tokenizer = toy.train_tokenizer(cast(pd.DataFrame, tables[config["toy_training"]["dataset"]]))
-        sizes = {key: value for key, value in model["toy"].items() if key not in ("seed", "load_balancing")}
-        return toy.config_of(toy.Shape(**sizes), len(tokenizer)), tokenizer
+def _settings(name: str, model: Mapping[str, Any], trusted: bool) -> tuple[PreTrainedConfig, Any]:
+    """The configuration and the tokenizer of a model that is no toy, without its weights. Raises CheckpointError."""
     path = Path(f"results/models/{name}/model.json")
     if path.exists():
         return checkpoints.glimpse(artifacts.read_json(path), trusted)
