@@ -219,7 +219,7 @@ def code(script):
 
 
 def code_of_all(wildcards=None):
-    """The digests of all scripts, by name."""
+    """The digests of all scripts that a rule asks for, by name."""
     return {script.name: reached(str(script)) for script in sorted(SCRIPTS.glob("*.py"))}
 
 

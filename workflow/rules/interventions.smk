@@ -232,12 +232,13 @@ if len(SHARDS) > 1:
             dataset=one_of(DATA),
             stage="interventions|utilization",
             kind=r"\w+",
+        localrule: True
         conda:
             "../../envs/analysis.yaml"
         threads: 1
         resources:
             mem_mb=memory(2),
-            runtime=10,
+            runtime=minutes(10),
         params:
             code=code("gather_shards.py"),
             settings=settings(),

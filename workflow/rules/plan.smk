@@ -19,7 +19,7 @@ rule plan:
     threads: 1
     resources:
         mem_mb=memory(2),
-        runtime=10,
+        runtime=minutes(10),
     params:
         code=code("plan.py"),
         settings=settings(*config),
