@@ -4,6 +4,7 @@ Four runs at the same time, since most of what they take is waiting: the main jo
 controller is restarted; jobs that run out of time and that are cancelled; a job on a GPU, asked for in both ways.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -36,7 +37,7 @@ for path in snakemake.output:
 """
 
 
-CANCELLED = "rule_train_toy_small-dense"
+CANCELLED = "train_toy_small-dense"
 ASKED = ("JobState", "TimeLimit", "MinMemoryNode")
 
 
@@ -57,8 +58,16 @@ class Run:
         jobs = {}
         for job in slurm.jobs():
             if job["WorkDir"] == str(self.folder):
-                jobs.setdefault(job["Comment"].replace("_wildcards", ""), []).append(job)
+                name = job["Comment"].removeprefix("rule_").replace("_wildcards", "")
+                jobs.setdefault(name, []).append(job)
         self.jobs = jobs or self.jobs
+
+    def reports(self, job, log):
+        """Whether a failed job is named with its state and its logs."""
+        said = (
+            rf"Error in rule \w+:\n +message: SLURM-job '{job['JobId']}' failed, SLURM status is: '{job['JobState']}'"
+        )
+        return re.search(rf"{said}.*?\n +log: {log}, \S+/{job['JobId']}\.log ", self.printed, re.S)
 
     def running(self):
         return [job["JobId"] for jobs in self.jobs.values() for job in jobs if job["JobState"] == "RUNNING"]
@@ -158,12 +167,11 @@ def test_rules_of_a_second_or_two_are_no_jobs(runs):
 
 def test_a_job_out_of_time_is_sent_again_with_more_of_it(runs):
     run = runs["trouble"]
-    first, second = run.jobs["rule_train_toy_small-moe"]
+    first, second = run.jobs["train_toy_small-moe"]
     assert [first[key] for key in ASKED] == ["TIMEOUT", "00:01:00", "2000M"]
     assert [second[key] for key in ASKED] == ["COMPLETED", "00:02:00", "4000M"]
     assert (run.folder / "results/models/small-moe/model.json").exists()
-    assert "SLURM status is: 'TIMEOUT'" in run.printed
-    assert "results/logs/train_toy/small-moe.log" in run.printed
+    assert run.reports(first, "results/logs/train_toy/small-moe.log")
 
 
 def test_a_job_cancelled_again_and_again_is_reported_with_its_log(runs):
@@ -173,9 +181,7 @@ def test_a_job_cancelled_again_and_again_is_reported_with_its_log(runs):
         ["CANCELLED", "00:02:00", "4000M"],
     ]
     assert run.process.returncode == 1
-    end = run.printed[run.printed.rindex("Error in rule train_toy:") :]
-    assert "SLURM status is: 'CANCELLED'" in end
-    assert "results/logs/train_toy/small-dense.log" in end
+    assert all(run.reports(job, "results/logs/train_toy/small-dense.log") for job in run.jobs[CANCELLED])
     assert not (run.folder / "results/models/small-dense/model.json").exists()
 
 
