@@ -51,17 +51,17 @@ def begin(folder: Path) -> None:
 
     Raises FaultError if another run is at work there, or nothing can be written.
     """
-    lock = folder / ".lock"
     try:
         with sentences_of_the_disk(f"{folder}/"):
             folder.mkdir(parents=True, exist_ok=True)
             # Never closed: the lock goes with the process, a killed one too. Its jobs do not inherit it.
-            held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+            held = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
             _take(held, folder)
-            os.ftruncate(held, 0)
-            os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode(), 0)
+            # First of all: it may be what fills the disk.
             for path in folder.rglob(".*.part"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+            os.ftruncate(held, 0)
+            os.pwrite(held, f"process {os.getpid()} on {socket.gethostname()}, since {time.ctime()}".encode(), 0)
     except ArtifactError as error:
         raise FaultError(str(error)) from error
 

@@ -54,12 +54,6 @@ def test_what_killed_jobs_left_half_written_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*")) == [".lock", "facts", "layers.parquet", "models"]
 
 
-def test_a_file_in_place_of_the_results_is_named(tmp_path):
-    (tmp_path / "results").write_text("")
-    with another_run(tmp_path / "results", "") as run:
-        assert run.wait() == 1
-
-
 def test_a_full_disk_is_named(tmp_path):
     [sentence] = faults.full(tmp_path, least=2**62)
     assert re.search(rf"{tmp_path}/: its disk is full \(\d+ bytes left\); free space, then run the same", sentence)
