@@ -127,7 +127,7 @@ def in_memory(
 
 
 def rows(tokens: pd.DataFrame, answer: str) -> pd.DataFrame:
-    """What runs forward, and in which order: one row for each prompt (or answer token), with the targets it accepts.
+    """What runs forward, a block in this order: one row for each prompt (or answer token), with the targets it accepts.
 
     Columns: prompt_id, step, token_ids, length, subject_start, subject_end, accepted_ids (empty: whatever the model
     likes best). `answer` as in `capture`.
