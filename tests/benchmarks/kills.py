@@ -110,6 +110,9 @@ def main():
     parser.add_argument("kills", type=int, nargs="?", default=50)
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--folder", type=Path, help="a checkout; its results are removed")
+    parser.add_argument(
+        "--unkilled", type=Path, help="a checkout with a finished run to compare with, else one is made"
+    )
     parser.add_argument("--each", action="store_true", help="kill every run just once")
     parser.add_argument("--longest", type=float, default=90, help="seconds from a start to a kill, at most")
     parser.add_argument("--seed", type=int, default=0)
@@ -123,9 +126,11 @@ def main():
             shutil.rmtree(folder / name, ignore_errors=True)
 
     new_run()
-    small.snakemake(folder, *chosen.targets)
-    shutil.copytree(folder / "results", scratch / "unkilled/results", symlinks=True)
-    new_run()
+    unkilled = chosen.unkilled or scratch / "unkilled"
+    if not chosen.unkilled:
+        small.snakemake(folder, *chosen.targets)
+        shutil.copytree(folder / "results", unkilled / "results", symlinks=True)
+        new_run()
     print("# Kills\n\nSIGKILL of all processes of a run at random moments; then the same command again.\n")
     print("| kill | after s | jobs that ran | finished before it, computed twice | results |\n|---|---|---|---|---|")
     kills, done = [], 0
@@ -138,7 +143,7 @@ def main():
         elif process.wait():
             sys.exit(f"{folder}: the run failed:\n{log.read_text()[-4000:]}")
         else:
-            wrong = differences(folder, scratch / "unkilled")
+            wrong = differences(folder, unkilled)
             for seconds, rules, kept in kills:
                 done += 1
                 twice, result = computed_twice(kept), ", ".join(wrong) or "identical"
