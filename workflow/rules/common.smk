@@ -302,7 +302,7 @@ def gpu_resources():
     SLURM knows them as --gpus=1 and --gres=gpu:1, and a cluster may take only one of the two.
     """
     request = (workflow.resource_settings.default_resources or {}).get("gpu_request")
-    way, _, kind = (request.raw if request else "gpus").partition(":")
+    way, _, kind = str(request.raw if request else "gpus").partition(":")
     if way == "gres":
         name = f"gpu:{kind}" if kind else "gpu"
         return {"gres": lambda wildcards: f"{name}:{gpus(wildcards)}" if gpus(wildcards) else None}
