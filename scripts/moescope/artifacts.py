@@ -378,13 +378,19 @@ def open_tensors(path: str | Path, kind: str) -> Iterator[Any]:
 
 
 def tensor_index(paths: Sequence[str | Path], kind: str) -> dict[str, Any]:
-    """What a set of safetensors files holds: for each file its tensors (shape, dtype), and the provenance."""
+    """What a set of safetensors files holds: for each file its tensors (shape, dtype), and the provenance.
+
+    Raises ArtifactError like `read_table`. Needs no torch.
+    """
     shards, made_by = {}, {}
-    for path in paths:
-        with open_tensors(path, kind) as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-            shards[Path(path).name] = {name: [s.get_shape(), s.get_dtype()] for name, s in slices.items()}
-            made_by = json.loads(tensors.metadata()[KEY])["provenance"]
+    for path in map(Path, paths):
+        check_seal(path)
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        metadata = header.pop("__metadata__")
+        _check_header(path, metadata.get(KEY), kind)
+        shards[path.name] = {name: [tensor["shape"], tensor["dtype"]] for name, tensor in header.items()}
+        made_by = json.loads(metadata[KEY])["provenance"]
     return {"kind": kind, "schema": SCHEMAS[kind], "provenance": made_by, "shards": shards}
 
 

@@ -1,6 +1,7 @@
 """Every rule by itself, through Snakemake, on the small toy models: its outputs hold what its contract says."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -430,6 +431,35 @@ def test_summaries(run_rule, finished, rule, names):
                 assert (rounded[count] > 0).all()
     sources = artifacts.table_provenance(finished / f"results/tables/{names[0]}.parquet")["sources"]
     assert all(source["model_commit"] and source["dataset_digest"] for source in sources)
+
+
+def test_light_rules_need_nothing_of_the_models_environment(copy_of_finished, tmp_path, monkeypatch):
+    """Rules whose environment has no torch run where torch and what loads models cannot be imported."""
+    for package in ("torch", "safetensors", "transformers", "tokenizers", "huggingface_hub", "accelerate"):
+        (tmp_path / f"{package}.py").write_text(f"raise ImportError('{package} is not in this environment')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    text = "".join(path.read_text() for path in (small.ROOT / "workflow/rules").glob("*.smk"))
+    light = {
+        re.search(r"scripts/(\w+)\.py", body)[1]
+        for body in re.split(r"\n *rule ?\w*:\n", text)
+        if "envs/analysis.yaml" in body
+    }
+    targets = {
+        "write_dataset": "results/facts/dataset.parquet",
+        "gather_prompts": f"{RESULTS}/captured.parquet",
+        "filter_known": f"{RESULTS}/prompts.parquet",
+        "gather_checkpoints": f"{RESULTS}/training/checkpoints.parquet",
+        "summarise": "results/tables/routing.parquet",
+        "plot": "results/figures/facts.routing.svg",
+        "write_provenance": "results/provenance.json",
+    }
+    # The others are of text tasks, of families and of shards, which this run has none of.
+    assert light == targets.keys() | {"write_texts", "summarise_families", "gather_shards"}
+    rules = [*targets.keys() - {"summarise", "plot"}, "summarise_routing", "plot_routing"]
+    small.snakemake(copy_of_finished, *targets.values(), "--force", "--allowed-rules", *rules)
+    assert "Error" not in (copy_of_finished / "results/logs/gather_prompts/facts/small-moe.log").read_text()
+    printed = small.snakemake(copy_of_finished, f"{RESULTS}/routing/loads.parquet", "--force", check=False)
+    assert "torch is not in this environment" in printed
 
 
 def test_efficiency_agrees_with_the_prompts_of_the_run(finished):

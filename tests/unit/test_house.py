@@ -159,7 +159,7 @@ def test_every_scripts_imports_are_in_its_environment():
         needed = {name for name in imports(ROOT / "scripts" / script) if not name.startswith("moescope")}
         needed -= {*sys.stdlib_module_names, "__future__"}
         if env == "analysis":
-            # Imported only inside functions that a light rule does not call.
+            # Imported only inside functions that a light rule does not call: these rules are run without them.
             needed -= {"torch", "safetensors", "huggingface_hub"}
         listed = {name.replace("pyyaml", "yaml") for name in env_pins(ROOT / f"envs/{env}.yaml")}
         assert needed <= listed, (script, needed - listed)
