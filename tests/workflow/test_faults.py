@@ -215,14 +215,14 @@ def test_a_clock_that_was_wrong_neither_repeats_nor_hides_work(copy_of_finished)
 
 
 def test_shards_change_no_byte_of_a_table(copy_of_finished, finished):
-    """Four batches of prompts in three shards, to the tables of experts and to what masking breaks."""
-    folder = small.configure(copy_of_finished, small.SMALL | {"shards": 3})
+    """Four batches of prompts in two shards, to the tables of experts and to what masking breaks."""
+    folder = small.configure(copy_of_finished, small.SMALL | {"shards": 2})
     tables = [f"results/tables/{name}.csv" for name in ("blocking", "keep_only", "expert_map", "faithfulness")]
     masking = "results/facts/small-moe/interventions/masking.parquet"
     cut = ["capture", "block_experts", "keep_only", "map_experts", "find_key_neurons", "mask_keys"]
-    # Of block_experts two tables, of find_key_neurons three, and one of each other.
+    # Of find_key_neurons three tables, of the four others one that is asked for.
     once = ["gather_prompts", "filter_known", "attribute", "summarise_interventions"]
-    expected = dict.fromkeys(cut, 3) | dict.fromkeys(once, 1) | {"gather_shards": 8}
+    expected = dict.fromkeys(cut, 2) | dict.fromkeys(once, 1) | {"gather_shards": 7}
     assert small.planned(folder, *tables, masking) == expected
     for path in (*tables, masking):
         (folder / path).unlink()
@@ -233,4 +233,4 @@ def test_shards_change_no_byte_of_a_table(copy_of_finished, finished):
     pd.testing.assert_frame_equal(found, whole, check_exact=True)
     for kind in ("activations", "interventions/blocking", "utilization/key_neurons"):
         shards = {path.name.split(".")[0] for path in (folder / f"results/facts/small-moe/{kind}").glob("?.*")}
-        assert shards == {"0", "1", "2"}
+        assert shards == {"0", "1"}
