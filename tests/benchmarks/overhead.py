@@ -37,7 +37,7 @@ def main():
         f"# What a run of the default main job spends outside of its jobs\n\n"
         f"Written by `python tests/benchmarks/overhead.py CHECKOUT {cores}` after `make run` on {cores} cores.\n"
         f"A job is counted from its process's start to its end, with starting Python and importing torch. Jobs that\n"
-        f"Snakemake cannot benchmark (trainings and captures, which a shared cache may hold) are counted by its log.\n\n"
+        f"Snakemake cannot benchmark (trainings, captures: a shared cache may hold them) are counted by its log.\n\n"
         f"| jobs | wall time (s) | jobs by benchmark (s) | by log (s) | outside of jobs |\n|---|---|---|---|---|\n"
         f"| {len(begun) - 1} | {wall:.0f} | {of_files:.0f} | {of_log:.0f} | {outside:.0%} of {cores} cores |\n\n"
         f"Outside of jobs are Snakemake's own work (reading the workflow, choosing jobs, looking at files) and cores\n"
