@@ -116,6 +116,8 @@ def test_backends_are_the_ones_asked_for(build, kept, experts, attention):
         "experts_backend": experts,
         "attention_backend": attention,
         "device": "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
 
 

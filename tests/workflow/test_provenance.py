@@ -59,16 +59,16 @@ def test_a_run_is_made_again_from_its_record(finished, tmp_path):
     folder = small.make(tmp_path / "again", small.SMALL | {"seed": 7, "batch_size": 3, "texts": {}, "shards": 2})
     again = ("--configfile", str(finished / "results/provenance.json"))
     table = "results/tables/routing.csv"
-    printed = small.snakemake(folder, *again, table)
+    printed = small.snakemake(folder, table, *again)
     assert "provenance.json:" not in printed
     assert (folder / table).read_bytes() == (finished / table).read_bytes()
-    assert not small.planned(folder, *again, table)
+    assert not small.planned(folder, table, *again)
 
     # What is not as it was is said.
     facts, code = folder / "config/facts/animal_young.yaml", folder / "scripts/moescope/routing.py"
     facts.write_text(facts.read_text() + "  camel: calf\n")
     code.write_text(code.read_text() + "EDITED = True\n")
-    printed = small.snakemake(folder, *again, "--dry-run")
+    printed = small.snakemake(folder, "--dry-run", *again)
     assert "provenance.json: config/facts/animal_young.yaml: its content is not what it was" in printed
     assert "provenance.json: other code is below analyse_routing.py" in printed
 

@@ -49,15 +49,18 @@ HEADS = {"sweep_heads", "block_heads", "trace_causes"}
 EXPERTS = {"block_experts", "keep_only", "map_experts", "trace_gates"}
 ROUTING = {"analyse_routing", "attribute_routers"}
 KEYS = {"find_key_neurons", "mask_keys"}
-OF_THE_MOE = (
-    {"capture", "gather_prompts", "filter_known", "attribute"} | NEURONS | HEADS | EXPERTS | ROUTING | KEYS | SUMMARIES
-)
+# One table of each summary that the models of folders are run to; it comes with all of its summary.
+TABLES = [f"results/tables/{name}.csv" for name in ("efficiency", "neurons", "blocking", "routing")]
+OF_THE_MOE = {
+    *["capture", "gather_prompts", "filter_known", "attribute", *NEURONS, "analyse_routing"],
+    *["block_experts", "keep_only", "map_experts"],
+    *(f"summarise_{name}" for name in ("attribution", "neurons", "interventions", "routing")),
+}
 OF_ALL = {
     *["efficiency", "stages", "gains", "heads", "neurons", "concentration", "additivity", "relation_neurons"],
-    *["unit_readings", "queries", "head_map", "head_blocking", "tracing"],
-    *["utilization", "rarefaction", "key_overlap", "diversity", "masking"],
+    *["unit_readings", "queries"],
 }
-"""Tables that dense models have rows in; of head_blocking and tracing some columns are theirs alone."""
+"""Tables that dense models have rows in."""
 
 
 def checkpoint(folder, tokenizer, architecture, dtype="float32", **settings):
@@ -73,13 +76,13 @@ def checkpoint(folder, tokenizer, architecture, dtype="float32", **settings):
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, tokenizer):
-    """Two models to their tables; the weights of one, from the hub, to the attribution of units."""
+    """Two models to some of their tables; the weights of one, from the hub, to the attribution of units."""
     folder = small.make(tmp_path_factory.mktemp("real") / "run", CONFIG)
     small.lre(folder / "data/lre")
     checkpoint(folder / "models/moe", tokenizer, "qwen3_moe", **MOE)
     checkpoint(folder / "models/dense", tokenizer, "llama", dtype="bfloat16")
     small.cached(folder / "models/moe", folder / "home", "owner/moe")
-    small.snakemake(folder, "tables")
+    small.snakemake(folder, *TABLES)
     small.snakemake(small.configure(folder, HUB), *OF_THE_HUB)
     return folder
 
@@ -91,7 +94,7 @@ def copy_of_real(real, tmp_path):
 
 
 def described(folder, model):
-    return json.loads((folder / f"results/models/{model}/model.json").read_text())
+    return artifacts.read_json(folder / f"results/models/{model}/model.json")
 
 
 def test_a_model_is_described_by_its_files_and_what_was_foreseen(real):
@@ -135,12 +138,12 @@ def test_the_prompts_are_those_of_the_relations_asked_for(real):
 
 def test_the_tables_have_every_model_and_only_layers_with_experts(real):
     tables = small.tables(real)
-    assert len(tables) == 38
+    assert len(tables) == 23
     for name, table in tables.items():
         assert set(table["model"]) == {"moe"} | ({"dense"} if name in OF_ALL else set()), name
-        # Of untrained models noise takes nothing away that could come back, and some pairs of experts never meet.
+        # Some pairs of experts never meet.
         counted = ["prompts", "subjects"]
-        estimates = [] if name in ("tracing", "coactivation") else ["estimate", "low", "high"]
+        estimates = [] if name == "coactivation" else ["estimate", "low", "high"]
         shown = [column for column in (*estimates, *counted) if column in table]
         assert not table[shown].isna().any(axis=None), name
     for name in ("experts", "near_ties", "expert_map", "mutual_information"):
@@ -175,12 +178,12 @@ def test_of_a_folder_only_what_is_loaded_counts_and_only_its_content(copy_of_rea
     (folder / "README.md").write_text("about")
     for path in folder.iterdir():
         os.utime(path)
-    assert small.planned(copy_of_real, "tables") == {}
+    assert small.planned(copy_of_real, *TABLES) == {}
     # Snakemake compares the contents of small files only: a touched large one counts as changed.
-    assert small.planned(copy_of_real, "tables", "--max-checksum-file-size", "1000")["describe_model"] == 1
+    assert small.planned(copy_of_real, *TABLES, "--max-checksum-file-size", "1000")["describe_model"] == 1
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert small.planned(copy_of_real, "tables") == dict.fromkeys({"describe_model", *OF_THE_MOE}, 1)
+    assert small.planned(copy_of_real, *TABLES) == dict.fromkeys({"describe_model", *OF_THE_MOE}, 1)
     small.snakemake(copy_of_real, "results/lre/moe/activations/index.json")
     before, after = described(copy_of_real, "hub"), described(copy_of_real, "moe")
     assert {name for name, sha in after["files"].items() if sha != before["files"][name]} == {"config.json"}
@@ -307,7 +310,8 @@ def test_the_models_of_the_paper_are_planned_as_configured(tmp_path):
     # head_router. What was chosen is gathered where it is asked for.
     each |= {"write_dataset": 1, "gather_shards": 8 * 6 + 6 * 3}
     assert counted.items() >= (each | dict.fromkeys(SUMMARIES, 1)).items()
-    assert set(counted) - each.keys() - SUMMARIES == {"all", *(name for name in counted if name.startswith("plot_"))}
+    others = {"all", "write_provenance", *(name for name in counted if name.startswith("plot_"))}
+    assert set(counted) - each.keys() - SUMMARIES == others
 
 
 def test_the_models_of_the_paper_are_planned_on_its_own_relations(tmp_path):

@@ -48,6 +48,13 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
+def rerun(folder):
+    """Rules that would run again, but for the record of the run, which does whenever any other does."""
+    jobs = set(small.planned(folder))
+    assert ("write_provenance" in jobs) == bool(jobs)
+    return jobs - {"write_provenance"}
+
+
 def test_a_second_run_does_nothing(copy_of_finished):
     before = {path: path.stat().st_mtime_ns for path in (copy_of_finished / "results").rglob("*") if path.is_file()}
     assert "Nothing to be done" in small.snakemake(copy_of_finished)
@@ -87,12 +94,12 @@ def test_a_second_run_does_nothing(copy_of_finished):
 def test_an_edit_of_a_module_reruns_what_reaches_it(copy_of_finished, module, rules):
     path = copy_of_finished / f"scripts/moescope/{module}.py"
     path.write_text(path.read_text() + "# a comment\n")
-    assert set(small.planned(copy_of_finished)) == rules
+    assert rerun(copy_of_finished) == rules
 
 
 def test_an_edit_of_a_script_reruns_its_rule(copy_of_finished):
     edit(copy_of_finished / "scripts/keep_only.py", "Snakemake script", "A Snakemake script")
-    assert set(small.planned(copy_of_finished)) == {"keep_only", *drawn("summarise_interventions")}
+    assert rerun(copy_of_finished) == {"keep_only", *drawn("summarise_interventions")}
 
 
 def test_touched_files_and_a_new_module_rerun_nothing(copy_of_finished):
@@ -104,7 +111,7 @@ def test_touched_files_and_a_new_module_rerun_nothing(copy_of_finished):
 
 def test_an_edited_fact_reruns_what_depends_on_it(copy_of_finished):
     edit(copy_of_finished / "config/facts/animal_young.yaml", "cow: calf", "cow: [calf, heifer]")
-    assert set(small.planned(copy_of_finished)) == EVERYTHING
+    assert rerun(copy_of_finished) == EVERYTHING
     edit(copy_of_finished / "config/facts/animal_young.yaml", "cow: [calf, heifer]", "cow: calf")
     edit(copy_of_finished / "config/facts/company_hq.yaml", "Sony: Tokyo", "Sony: Minato")
     # The content is what it was, and company_hq is not in this data set.
@@ -138,7 +145,7 @@ def test_an_edited_fact_reruns_what_depends_on_it(copy_of_finished):
 )
 def test_a_setting_reruns_what_it_reaches(copy_of_finished, section, change, rules):
     small.configure(copy_of_finished, small.SMALL | {section: small.SMALL.get(section, {}) | change})
-    assert set(small.planned(copy_of_finished)) == rules
+    assert rerun(copy_of_finished) == rules
 
 
 def test_jobs_on_a_gpu_ask_for_one(tmp_path):
