@@ -66,7 +66,7 @@ def test_a_run_is_made_again_from_its_record(finished, tmp_path):
 
     # What is not as it was is said.
     facts, code = folder / "config/facts/animal_young.yaml", folder / "scripts/moescope/routing.py"
-    facts.write_text(facts.read_text() + "  camel: calf\n")
+    facts.write_text(facts.read_text() + "  okapi: calf\n")
     code.write_text(code.read_text() + "EDITED = True\n")
     printed = small.snakemake(folder, "--dry-run", *again)
     assert "provenance.json: config/facts/animal_young.yaml: its content is not what it was" in printed

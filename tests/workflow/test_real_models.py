@@ -1,6 +1,5 @@
 """Whole runs of checkpoints that were not trained here, on public facts; what is refused; the models of the paper."""
 
-import json
 import os
 import re
 import shutil
@@ -273,7 +272,7 @@ def test_revisions_of_a_hub_model_are_states_of_its_training(copy_of_real):
     planned = small.planned(copy_of_real, target)
     assert planned == {"describe_checkpoint": 1, "measure_checkpoint": 1, "gather_checkpoints": 1}
     small.snakemake(copy_of_real, target)
-    described = json.loads((copy_of_real / "results/models/hub/checkpoints/step1/model.json").read_text())
+    described = artifacts.read_json(copy_of_real / "results/models/hub/checkpoints/step1/model.json")
     assert (described["requested"], described["commit"]) == ("step1", small.COMMIT)
     table = artifacts.read_table(copy_of_real / target, "checkpoints")
     prompts = artifacts.read_table(copy_of_real / "results/lre/hub/prompts.parquet", "prompts")
