@@ -131,7 +131,10 @@ def main():
         small.snakemake(folder, *chosen.targets)
         shutil.copytree(folder / "results", unkilled / "results", symlinks=True)
         new_run()
-    print("# Kills\n\nSIGKILL of all processes of a run at random moments; then the same command again.\n")
+    print(
+        "# Kills\n\nSIGKILL of all processes of a run at random moments; then the same command again. What a kill left is"
+    )
+    print("looked at when its run is through, and compared with a run that was not killed.\n")
     print("| kill | after s | jobs that ran | finished before it, computed twice | results |\n|---|---|---|---|---|")
     kills, done = [], 0
     while done < chosen.kills:
