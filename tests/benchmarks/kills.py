@@ -9,6 +9,7 @@ that many kills; with --each, a run is killed just once. --longest must be more 
 
 import argparse
 import base64
+import json
 import os
 import random
 import re
@@ -104,6 +105,36 @@ def as_it_is(path):
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
+def kill_jobs(folder, scratch, chosen, moments):
+    """Again and again: files of random jobs of a finished run are removed, made again, killed, and made again."""
+    jobs = {}
+    known = folder / ".snakemake/metadata"
+    for path in known.rglob("*"):
+        if path.is_file():
+            name = "".join(part.removeprefix("@") for part in path.relative_to(known).parts)
+            output = base64.urlsafe_b64decode(name).decode()
+            jobs.setdefault((json.loads(path.read_text())["log"] or [""])[0], []).append(output)
+    jobs = [outputs for log, outputs in sorted(jobs.items()) if log]
+    shutil.copytree(folder / "results", scratch / "unkilled/results", symlinks=True)
+    log = scratch / "log"
+    print(f"Each time files of {chosen.jobs} of {len(jobs)} jobs are removed, and made by a run that is killed.\n")
+    print("| kill | after s | jobs that ran | finished before it, computed twice | results |\n|---|---|---|---|---|")
+    for number in range(1, chosen.kills + 1):
+        wanted = sorted({output for outputs in moments.sample(jobs, chosen.jobs) for output in outputs})
+        for output in wanted:
+            path = folder / output
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        process, begin = start(folder, log, *wanted, "--rerun-triggers", "input"), time.monotonic()
+        seconds = moments.uniform(3, chosen.longest)
+        wait_for(lambda end=begin + seconds: time.monotonic() > end, process)
+        ended = process.poll() is not None
+        rules, kept = ("run was through", {}) if ended else (", ".join(kill(process, log)), finished_files(folder))
+        small.snakemake(folder, *wanted, "--rerun-triggers", "input")
+        twice, wrong = computed_twice(kept), differences(folder, scratch / "unkilled")
+        result = ", ".join(wrong) or "identical"
+        print(f"| {number} | {seconds:.0f} | {rules} | {len(twice)} of {len(kept)} | {result} |", flush=True)
+
+
 def main():
     """Do it, and print what happened as Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -112,6 +143,9 @@ def main():
     parser.add_argument("--folder", type=Path, help="a checkout; its results are removed")
     parser.add_argument(
         "--unkilled", type=Path, help="a checkout with a finished run to compare with, else one is made"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="start from the finished run of --folder, without these many jobs' files"
     )
     parser.add_argument("--each", action="store_true", help="kill every run just once")
     parser.add_argument("--longest", type=float, default=90, help="seconds from a start to a kill, at most")
@@ -125,16 +159,17 @@ def main():
         for name in ("results", ".snakemake"):
             shutil.rmtree(folder / name, ignore_errors=True)
 
+    print("# Kills\n\nSIGKILL of all processes of a run at random moments; then the same command again. Afterwards all")
+    print("results are compared with those of a run that was not killed.\n")
+    if chosen.jobs:
+        kill_jobs(folder, scratch, chosen, moments)
+        return
     new_run()
     unkilled = chosen.unkilled or scratch / "unkilled"
     if not chosen.unkilled:
         small.snakemake(folder, *chosen.targets)
         shutil.copytree(folder / "results", unkilled / "results", symlinks=True)
         new_run()
-    print(
-        "# Kills\n\nSIGKILL of all processes of a run at random moments; then the same command again. What a kill left is"
-    )
-    print("looked at when its run is through, and compared with a run that was not killed.\n")
     print("| kill | after s | jobs that ran | finished before it, computed twice | results |\n|---|---|---|---|---|")
     kills, done = [], 0
     while done < chosen.kills:
