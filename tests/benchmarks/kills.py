@@ -124,15 +124,20 @@ def kill_jobs(folder, scratch, chosen, moments):
         for output in wanted:
             path = folder / output
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        process, begin = start(folder, log, *wanted, "--rerun-triggers", "input"), time.monotonic()
+        now, begin = time.time_ns(), time.monotonic()
+        process = start(folder, log, *wanted, "--rerun-triggers", "input")
         seconds = moments.uniform(3, chosen.longest)
         wait_for(lambda end=begin + seconds: time.monotonic() > end, process)
-        ended = process.poll() is not None
-        rules, kept = ("run was through", {}) if ended else (", ".join(kill(process, log)), finished_files(folder))
+        rules = ["none: it was through"] if process.poll() is not None else kill(process, log)
+        # Others are made anew where they lie between two of the jobs.
+        kept = {path: status for path, status in finished_files(folder).items() if status[0] >= now}
         small.snakemake(folder, *wanted, "--rerun-triggers", "input")
         twice, wrong = computed_twice(kept), differences(folder, scratch / "unkilled")
         result = ", ".join(wrong) or "identical"
-        print(f"| {number} | {seconds:.0f} | {rules} | {len(twice)} of {len(kept)} | {result} |", flush=True)
+        print(
+            f"| {number} | {seconds:.0f} | {', '.join(rules) or 'none'} | {len(twice)} of {len(kept)} | {result} |",
+            flush=True,
+        )
 
 
 def main():
