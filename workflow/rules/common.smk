@@ -232,7 +232,7 @@ def warn_of_differences():
     """Where a run is made again from its record, say what is not as it was."""
     if RECORD and workflow.is_main_process:
         for sentence in record.differences(RECORD, code_of_all(), read_files()):
-            logger.warning(f"{workflow.configfiles[-1]}: {sentence}")
+            logger.warning(f"The record that this run repeats: {sentence}")
 
 
 LOADING = ["device", "dtype", "attention_backend", "experts_backend", "max_memory", "trust_remote_code"]
