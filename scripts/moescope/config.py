@@ -262,6 +262,10 @@ def _model_errors(model: Mapping[str, Any]) -> Iterator[str]:
         yield f".folder: '{model['folder']}' is not a folder; mend the path, which is relative to the working directory"
     if model["revision"] != "main" and "hub" not in model:
         yield ".revision: only a model of the hub has one; remove it"
+    if model["checkpoint_revisions"] and "hub" not in model:
+        yield ".checkpoint_revisions: only a model of the hub has them; remove the key"
+    for name in model["checkpoint_revisions"].keys() - model["checkpoints"].keys():
+        yield f".checkpoint_revisions: '{name}' is none of its checkpoints; add it there, with its training step"
     if model["checkpoints"] and "folder" in model:
         yield ".checkpoints: a folder holds one state of a model; give a hub model, or a toy, or remove the key"
     if model["gpus"] > 1 and model["device"] == "cuda":

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moescope.artifacts import digest, file_digest, names, read_json, table_provenance, versions
 
 KIND = "provenance"
+# Statements as the formatter leaves them: one a line, or several lines in brackets.
+IMPORT = re.compile(r"^[ \t]*(?:from[ ]+([\w.]+)[ ]+)?import[ ]+(\([^)]*\)|.*)", re.MULTILINE)
 
 
 def of_run(
     config: Mapping[str, Any],
     code: Mapping[str, str],
     models: Sequence[str],
+    states: Sequence[str],
     fetched: Sequence[str],
     prompts: Sequence[str],
     files: Sequence[str],
@@ -27,8 +32,9 @@ def of_run(
     """All that the tables of a run depend on, JSON.
 
     `config` is the configuration as it was given, with its defaults; `code` the digest of each script with the library
-    below it. The rest are paths of results, whose folders name the data set and the model: descriptions of models,
-    records of data fetched from the hub, prompts; then the files that data were read from, and the CSV tables.
+    below it. The rest are paths of results, whose folders name the data set and the model: descriptions of models
+    and of revisions of the hub that are states of their training, records of data fetched from the hub, prompts; then
+    the files that data were read from, and the CSV tables.
     In the configuration of the record a moving revision is replaced by the commit that it was resolved to.
     """
     described = {Path(path).parent.name: read_json(path) for path in models}
@@ -37,6 +43,9 @@ def of_run(
     for name, model in pinned["models"].items():
         if "hub" in model:
             model["revision"] = described[name]["commit"]
+    for path in states:
+        model, _, state = Path(path).parts[-4:-1]
+        pinned["models"][model]["checkpoint_revisions"][state] = read_json(path)["commit"]
     for section in ("datasets", "texts"):
         for name in commits.keys() & pinned[section].keys():
             pinned[section][name]["revision"] = commits[name]
@@ -67,6 +76,35 @@ def checkout(folder: Path) -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         return {}
     return {"commit": commit, "edits": digest(edits.encode()) if edits else ""}
+
+
+@cache
+def code_digest(script: Path) -> str:
+    """The digest of a script and of every module of the library that it reaches by import."""
+    return digest(b"".join(file.name.encode() + file.read_bytes() for file in sorted(reached(script))))
+
+
+def reached(script: Path) -> set[Path]:
+    """A script and every module beside or below it that it reaches by import, wherever in a file that stands."""
+    found, left = set[Path](), {script}
+    while left:
+        found |= left
+        left = {file for seen in left for file in _imported(seen, script.parent)} - found
+    return found
+
+
+@cache
+def _imported(file: Path, folder: Path) -> frozenset[Path]:
+    # Not parsed, which would take most of the time of a dry run.
+    names = set[str]()
+    for package, imported in IMPORT.findall(file.read_text(encoding="utf-8")):
+        listed = re.findall(r"[\w.]+", re.sub(r" as \w+|#.*", "", imported))
+        names |= {package, *(f"{package}.{name}" for name in listed)} if package else {*listed}
+    # A module needs its package, too.
+    parts = {tuple(name.split(".")[:n]) for name in names for n in range(1, name.count(".") + 2)}
+    modules = [folder.joinpath(*name) for name in parts]
+    files = [file for module in modules for file in (module.with_suffix(".py"), module / "__init__.py")]
+    return frozenset(filter(Path.is_file, files))
 
 
 def differences(record: Mapping[str, Any], code: Mapping[str, str], files: Sequence[str]) -> Iterator[str]:

@@ -149,6 +149,14 @@ def here(tmp_path, monkeypatch):
         (put("models.toy-olmoe.checkpoints", {"../x": 1}), "checkpoints: '../x' is not a usable name of a checkpoint"),
         (put("models.toy-olmoe.checkpoints", {"final": 1}), "checkpoints: 'final' has a meaning of its own"),
         (
+            put("models.toy-olmoe.checkpoint_revisions", {"a": "main"}),
+            "models.toy-olmoe.checkpoint_revisions: only a model of the hub has them; remove the key",
+        ),
+        (
+            put("models", {"a": {"hub": "o/a", "kind": "moe", "checkpoint_revisions": {"b": "main"}}}),
+            "models.a.checkpoint_revisions: 'b' is none of its checkpoints; add it there, with its training step",
+        ),
+        (
             put("models", {"mine": {"folder": "model", "kind": "moe", "checkpoints": {"a": 1}}}),
             "models.mine.checkpoints: a folder holds one state of a model; give a hub model, or a toy",
         ),

@@ -132,17 +132,21 @@ def test_two_runs_at_once_a_killed_job_and_ctrl_c(tmp_path, finished, copy_of_fi
 
     first = kills.start(folder, log, *targets)
     assert kills.wait_for(job, first)
+    stopped = job()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
     refused = small.snakemake(folder, *targets, check=False)
     assert f"results/: another run is at work here (process {first.pid} on" in refused
     assert "Traceback" not in refused
-    assert kills.wait_for(lambda: [os.kill(pid, signal.SIGKILL) for pid in job()], first)
+    for pid in stopped:
+        os.kill(pid, signal.SIGKILL)
     assert first.wait() == 1
     assert re.search(r"^\w+ \(log: results/logs/\S+\.log\) was killed, most often", log.read_text(), re.M)
 
-    stopped = kills.start(folder, log, *targets)
-    assert kills.wait_for(job, stopped)
-    os.killpg(stopped.pid, signal.SIGINT)
-    assert stopped.wait() == 1
+    second = kills.start(folder, log, *targets)
+    assert kills.wait_for(job, second)
+    os.killpg(second.pid, signal.SIGINT)
+    assert second.wait() == 1
     assert "The run was stopped" in log.read_text()
 
     # Snakemake alone is killed: its job does not go on in its back.

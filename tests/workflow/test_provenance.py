@@ -1,6 +1,9 @@
 """What a run records of itself, and that it is enough to make its tables again."""
 
+import shutil
 import subprocess
+from modulefinder import ModuleFinder
+from pathlib import Path
 
 import pytest
 
@@ -54,13 +57,16 @@ def test_every_table_says_which_data_models_and_code_made_it(finished, found):
     assert [source["code_digests"]["blocking"] for source in sources] == [found["code"]["block_experts.py"]]
 
 
-def test_a_run_is_made_again_from_its_record(finished, tmp_path):
-    """In a checkout with another configuration, of which nothing may come through."""
-    folder = small.make(tmp_path / "again", small.SMALL | {"seed": 7, "batch_size": 3, "texts": {}, "shards": 2})
+def test_a_run_is_made_again_from_its_record(finished, copy_of_finished):
+    """In a checkout with another configuration, of which nothing may come through; the trained models are there."""
+    folder = small.configure(copy_of_finished, small.SMALL | {"seed": 7, "batch_size": 3, "texts": {}, "shards": 2})
+    for made in ("facts/small-moe", "facts/small-dense", "tables"):
+        shutil.rmtree(folder / "results" / made)
     again = ("--configfile", str(finished / "results/provenance.json"))
     table = "results/tables/routing.csv"
     printed = small.snakemake(folder, table, *again)
     assert "The record" not in printed
+    assert "rule train_toy" not in printed
     assert (folder / table).read_bytes() == (finished / table).read_bytes()
     assert not small.planned(folder, table, *again)
 
@@ -75,21 +81,61 @@ def test_a_run_is_made_again_from_its_record(finished, tmp_path):
 
 def test_moving_revisions_are_recorded_as_the_commits_that_they_were(tmp_path):
     config = {
-        "models": {"a": {"hub": "owner/a", "revision": "main"}, "b": {"folder": "b", "revision": "main"}},
+        "models": {
+            "a": {"hub": "owner/a", "revision": "main", "checkpoint_revisions": {"half": "step1", "start": "step0"}},
+            "b": {"folder": "b", "revision": "main"},
+        },
         "datasets": {"c": {"hub": "owner/c", "revision": "v1"}, "d": {"path": "d", "revision": "main"}},
         "texts": {},
     }
     for name in ("models/a/model.json", "models/b/model.json", "c/source.json"):
         artifacts.write_json({"commit": f"commit of {name}"}, tmp_path / name)
     models = [str(tmp_path / f"models/{name}/model.json") for name in "ab"]
-    found = record.of_run(config, {}, models, [str(tmp_path / "c/source.json")], [], [], [])
+    states = [str(tmp_path / f"models/a/checkpoints/{state}/model.json") for state in ("start", "half", "end")]
+    for number, path in enumerate(states):
+        artifacts.write_json({"commit": f"commit {number}"}, Path(path))
+    found = record.of_run(config, {}, models, states, [str(tmp_path / "c/source.json")], [], [], [])
     revisions = {
         name: entry["revision"]
         for section in ("models", "datasets")
         for name, entry in found["config"][section].items()
     }
     assert revisions == {"a": "commit of models/a/model.json", "b": "main", "c": "commit of c/source.json", "d": "main"}
-    assert config["models"]["a"]["revision"] == "main"
+    pinned = found["config"]["models"]["a"]["checkpoint_revisions"]
+    assert pinned == {"start": "commit 0", "half": "commit 1", "end": "commit 2"}
+    assert (config["models"]["a"]["revision"], config["models"]["a"]["checkpoint_revisions"]["half"]) == (
+        "main",
+        "step1",
+    )
+
+
+def test_the_code_of_a_rule_is_its_script_and_all_that_python_would_import(tmp_path):
+    scripts = shutil.copytree(small.ROOT / "scripts", tmp_path / "scripts")
+    for script in scripts.glob("*.py"):
+        finder = ModuleFinder(path=[str(scripts)])
+        finder.run_script(str(script))
+        files = {Path(module.__file__) for module in finder.modules.values() if module.__file__}
+        assert record.reached(script) == files
+        # The same in every checkout.
+        assert record.code_digest(script) == record.code_digest(small.ROOT / "scripts" / script.name)
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path):
+    def tree(folder, deepest):
+        for name in ("library/__init__", "library/a", "library/b", "beside", "other"):
+            (folder / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.py").write_text("import os\n")
+        listed = "import beside as other\nfrom library import (\n    a as other,  # other\n    b,\n)\n"
+        (folder / "script.py").write_text(f"{listed}print('import other')\n")
+        (folder / "library/a.py").write_text("def load():\n    import library.c\n")
+        (folder / "library/c.py").write_text(deepest)
+        return folder / "script.py"
+
+    script = tree(tmp_path / "one", deepest="import os\n")
+    reached = {str(path.relative_to(script.parent)) for path in record.reached(script)}
+    assert reached == {"script.py", "beside.py", *(f"library/{name}.py" for name in ("__init__", "a", "b", "c"))}
+    edited = tree(tmp_path / "two", deepest="import os, sys\n")
+    assert record.code_digest(script) != record.code_digest(edited)
 
 
 def test_a_checkout_says_its_commit_and_whether_it_was_edited(tmp_path):

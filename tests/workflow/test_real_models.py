@@ -266,19 +266,19 @@ def test_a_model_that_cannot_be_used_is_refused_in_one_sentence(refused, model):
 def test_revisions_of_a_hub_model_are_states_of_its_training(copy_of_real):
     refs = copy_of_real / "home/hub/models--owner--moe/refs"
     (refs / "step1").write_text(small.COMMIT)
-    hub = HUB["models"]["hub"] | {"checkpoints": {"step1": 7}}
+    hub = HUB["models"]["hub"] | {"checkpoints": {"early": 7}, "checkpoint_revisions": {"early": "step1"}}
     small.configure(copy_of_real, HUB | {"models": HUB["models"] | {"hub": hub}})
     target = "results/lre/hub/training/checkpoints.parquet"
     planned = small.planned(copy_of_real, target)
     assert planned == {"describe_checkpoint": 1, "measure_checkpoint": 1, "gather_checkpoints": 1}
     small.snakemake(copy_of_real, target)
-    described = artifacts.read_json(copy_of_real / "results/models/hub/checkpoints/step1/model.json")
+    described = artifacts.read_json(copy_of_real / "results/models/hub/checkpoints/early/model.json")
     assert (described["requested"], described["commit"]) == ("step1", small.COMMIT)
     table = artifacts.read_table(copy_of_real / target, "checkpoints")
     prompts = artifacts.read_table(copy_of_real / "results/lre/hub/prompts.parquet", "prompts")
     # The same weights as those of the finished model.
     assert table["rank"].tolist() == prompts["rank"].tolist()
-    assert set(zip(table["checkpoint"], table["step"])) == {("step1", 7)}
+    assert set(zip(table["checkpoint"], table["step"])) == {("early", 7)}
 
 
 # The models of the paper.

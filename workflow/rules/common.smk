@@ -3,8 +3,6 @@
 import logging
 import os
 import sys
-from functools import cache
-from modulefinder import ModuleFinder
 from pathlib import Path
 
 import yaml
@@ -27,7 +25,7 @@ for name in LIBRARY:
 sys.path.append(str(SCRIPTS))
 
 from moescope import record
-from moescope.artifacts import digest, read_json, table_provenance, versions
+from moescope.artifacts import read_json, table_provenance, versions
 from moescope.config import CHECKPOINT_FILES, ConfigError, family_members, is_moe, model_sources, resolve
 from moescope.config import source_files, wanted_relations, with_defaults, yaml_error
 from moescope.facts import n_prompts
@@ -200,27 +198,18 @@ wildcard_constraints:
     shard=one_of(SHARDS),
 
 
-@cache
-def reached(script):
-    """Digest of a script and of every library module that it reaches by import."""
-    finder = ModuleFinder(path=[str(SCRIPTS)])
-    finder.run_script(script)
-    files = [(name, Path(module.__file__)) for name, module in finder.modules.items() if module.__file__]
-    return digest(b"".join(name.encode() + file.read_bytes() for name, file in sorted(files)))
-
-
 def code(script):
     """A params function: the digest of a script's code. An edit re-runs the rule.
 
     It is made when a job asks for it: each job of a cluster reads the whole workflow twice, but needs one digest.
     """
-    script = str(Path(workflow.source_path(f"../../scripts/{script}")))
-    return lambda wildcards: reached(script)
+    script = Path(workflow.source_path(f"../../scripts/{script}"))
+    return lambda wildcards: record.code_digest(script)
 
 
 def code_of_all(wildcards=None):
     """The digests of all scripts that a rule asks for, by name."""
-    return {script.name: reached(str(script)) for script in sorted(SCRIPTS.glob("*.py"))}
+    return {script.name: record.code_digest(script) for script in sorted(SCRIPTS.glob("*.py"))}
 
 
 def read_files():
@@ -283,6 +272,11 @@ def state_of_training(wildcards):
         return model_files(wildcards)
     folder = f"results/models/{wildcards.model}/checkpoints"
     return folder if wildcards.model in TOYS else f"{folder}/{wildcards.checkpoint}/model.json"
+
+
+def revision_of(wildcards):
+    """The revision of the hub that a state of a model is."""
+    return MODELS[wildcards.model]["checkpoint_revisions"].get(wildcards.checkpoint, wildcards.checkpoint)
 
 
 def described(model):

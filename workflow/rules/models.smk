@@ -83,6 +83,6 @@ rule describe_checkpoint:
         runtime=minutes(240),
     params:
         code=code("describe_model.py"),
-        settings=lambda wildcards: described(MODELS[wildcards.model] | {"revision": wildcards.checkpoint}),
+        settings=lambda wildcards: described(MODELS[wildcards.model] | {"revision": revision_of(wildcards)}),
     script:
         "../../scripts/describe_model.py"

@@ -99,6 +99,12 @@ rule write_provenance:
     """What made the tables of this run; `--configfile results/provenance.json` makes them again."""
     input:
         models=[f"results/models/{model}/model.json" for model in MODELS],
+        states=[
+            f"results/models/{model}/checkpoints/{name}/model.json"
+            for model in TRAINED
+            if model not in TOYS
+            for name in TRAINED[model]
+        ],
         fetched=[f"results/{name}/source.json" for name, data in DATA.items() if "hub" in data],
         prompts=[f"results/{dataset}/{model}/prompts.parquet" for dataset in DATA for model in MODELS],
         files=read_files(),
