@@ -29,6 +29,11 @@ def logits(model):
     return model(IDS).logits
 
 
+def assert_alike(model, original):
+    """The logits of both; on some processors products round otherwise where weights start elsewhere in memory."""
+    torch.testing.assert_close(logits(model), logits(original), rtol=0, atol=1e-5)
+
+
 def save(model, tokenizer, folder, shard="20KB"):
     model.save_pretrained(folder, max_shard_size=shard)
     tokenizer.save_pretrained(folder)
@@ -79,7 +84,11 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(build, tokenizer, tmp_path,
     folder = save(build(architecture), tokenizer, tmp_path / "saved", shard)
     assert (len(list(folder.glob("*.safetensors"))) > 5) == (shard == "20KB")
     model, loaded = load(folder)
-    assert torch.equal(logits(model), logits(build(architecture)))
+    weights = model.state_dict()
+    assert weights.keys() == build(architecture).state_dict().keys()
+    for name, weight in build(architecture).state_dict().items():
+        assert torch.equal(weights[name], weight), name
+    assert_alike(model, build(architecture))
     assert not model.training
     assert not any(weight.requires_grad for weight in model.parameters())
     assert loaded.get_vocab() == tokenizer.get_vocab()
@@ -109,7 +118,7 @@ def test_backends_are_the_ones_asked_for(build, kept, experts, attention):
     original = copy.deepcopy(build("olmoe"))
     original.set_experts_implementation(experts)
     original.set_attn_implementation(attention)
-    assert torch.equal(logits(model), logits(original))
+    assert_alike(model, original)
     assert identity(model, {"commit": "c"}) == {
         "model_commit": "c",
         "dtype": "float32",
@@ -133,7 +142,7 @@ def test_tied_embeddings_are_not_missing(tokenizer, tmp_path):
     original = AutoModelForCausalLM.from_config(config).eval()
     folder = save(original, tokenizer, tmp_path / "tied", "1GB")
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    assert torch.equal(logits(load(folder)[0]), logits(original))
+    assert_alike(load(folder)[0], original)
 
 
 @pytest.mark.parametrize(("memory", "device"), [("1MB", "cpu"), ("120KB", "cpu disk"), ("60KB", "disk"), (0, "disk")])
@@ -147,7 +156,7 @@ def test_a_model_spread_over_memory_and_disk_is_the_same(
     assert identity(model, {"commit": ""})["device"] == device
     # Fused experts are in no file of the checkpoint, so that they are written anew.
     assert any(tmp_path.glob("*/*experts*")) == ("disk" in device and architecture != "llama")
-    assert torch.equal(logits(model), logits(build(architecture)))
+    assert_alike(model, build(architecture))
     del model
     gc.collect()
     assert not list(tmp_path.iterdir())
@@ -225,7 +234,7 @@ def test_a_description_in_a_file_leads_to_the_model(kept, build, tmp_path):
     described = describe(kept("llama"))
     artifacts.write_json(described, tmp_path / "model.json")
     model, _ = checkpoints.load_described(tmp_path / "model.json", dtype="float32")
-    assert torch.equal(logits(model), logits(build("llama")))
+    assert_alike(model, build("llama"))
     assert checkpoints.config_of(described).hidden_size == build("llama").config.hidden_size
 
 
@@ -234,7 +243,7 @@ def test_one_file_goes_before_an_index_as_in_the_library(folder, build):
     one_file(folder)
     (folder / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" not in describe(folder)["files"]
-    assert torch.equal(logits(load(folder)[0]), logits(build("olmoe")))
+    assert_alike(load(folder)[0], build("olmoe"))
 
 
 def test_a_toy_with_a_flipped_bit_is_refused_and_named(folder):
@@ -372,7 +381,7 @@ def test_settings_that_the_library_refuses(kept, settings, sentence):
 
 def test_a_configuration_cannot_name_a_backend_to_be_downloaded(folder, build):
     configure(folder, attn_implementation="someone/kernel", experts_implementation="nosuch")
-    assert torch.equal(logits(load(folder)[0]), logits(build("olmoe")))
+    assert_alike(load(folder)[0], build("olmoe"))
 
 
 @pytest.mark.parametrize(
@@ -700,7 +709,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_then_needs_no_network(hub, build
     # Offline, `main` is what it was when it was last looked up.
     offline = run(calls, HF_HOME=tmp_path / "home", HF_HUB_OFFLINE=1)
     assert offline[:3] == [described, COMMITS[0], str(cache / "snapshots" / COMMITS[0])]
-    assert torch.equal(torch.tensor(offline[3]), logits(build("olmoe")))
+    torch.testing.assert_close(torch.tensor(offline[3]), logits(build("olmoe")), rtol=0, atol=1e-5)
     assert offline[4].startswith("CheckpointError: org/model: cannot be fetched, and is not whole in the local cache (")
     assert offline[4].endswith("; run again where the hub is reached")
     assert not hub.served
