@@ -45,7 +45,7 @@ config = RECORD.get("config", config)
 
 try:
     with open(workflow.source_path("../schemas/config.schema.yaml")) as schema_file:
-        SCHEMA = yaml.safe_load(schema_file)
+        SCHEMA = yaml.load(schema_file, Loader=yaml.CSafeLoader)
     GIVEN = with_defaults(config, SCHEMA)
     config, RELATIONS = resolve(config, SCHEMA, ", ".join(map(str, workflow.configfiles)) or "config")
 except ConfigError as error:
@@ -178,6 +178,21 @@ def begin_run():
         begin(RESULTS)
     except FaultError as error:
         raise WorkflowError(str(error)) from None
+    ask_once_for_min_job_age()
+
+
+def ask_once_for_min_job_age():
+    """Let the SLURM plugin ask the controller how long it remembers jobs once, not whenever it asks for their states.
+
+    Version 2.8.0 takes no answer for a reason to leave squeue for sacct. Where the controller was away for ten seconds
+    and there is no accounting, it then lost its jobs and waited for ever.
+    """
+    if hasattr(workflow.executor_settings, "status_command"):
+        import snakemake_executor_plugin_slurm as plugin
+
+        age = plugin.get_min_job_age()
+        if age is not None:
+            plugin.get_min_job_age = lambda: age
 
 
 def explain_failure(logs):
