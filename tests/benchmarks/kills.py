@@ -105,15 +105,27 @@ def as_it_is(path):
     return status.st_mtime_ns, status.st_ino, status.st_size
 
 
+def records(folder):
+    """What Snakemake remembers of the job that wrote each file or folder."""
+    known = folder / ".snakemake/metadata"
+    found = {}
+    for path in sorted(known.rglob("*")):
+        if path.is_file():
+            name = "".join(part.removeprefix("@") for part in path.relative_to(known).parts)
+            found[base64.urlsafe_b64decode(name).decode()] = json.loads(path.read_text())
+    return found
+
+
+def remove(path):
+    """Remove a file or a folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def kill_jobs(folder, scratch, chosen, moments):
     """Again and again: files of random jobs of a finished run are removed, made again, killed, and made again."""
     jobs = {}
-    known = folder / ".snakemake/metadata"
-    for path in known.rglob("*"):
-        if path.is_file():
-            name = "".join(part.removeprefix("@") for part in path.relative_to(known).parts)
-            output = base64.urlsafe_b64decode(name).decode()
-            jobs.setdefault((json.loads(path.read_text())["log"] or [""])[0], []).append(output)
+    for output, job in records(folder).items():
+        jobs.setdefault((job["log"] or [""])[0], []).append(output)
     # The record of a run depends on all others: after some kills nearly the whole run would be due for it.
     jobs = [outputs for log, outputs in sorted(jobs.items()) if log and Path(log).stem != "write_provenance"]
     shutil.copytree(folder / "results", scratch / "unkilled/results", symlinks=True)
@@ -123,8 +135,7 @@ def kill_jobs(folder, scratch, chosen, moments):
     for number in range(1, chosen.kills + 1):
         wanted = sorted({output for outputs in moments.sample(jobs, chosen.jobs) for output in outputs})
         for output in wanted:
-            path = folder / output
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(folder / output)
         now, begin = time.time_ns(), time.monotonic()
         process = start(folder, log, *wanted, "--rerun-triggers", "input")
         seconds = moments.uniform(3, chosen.longest)

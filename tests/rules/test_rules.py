@@ -1,11 +1,16 @@
-"""Every rule by itself, through Snakemake, on the small toy models: its outputs hold what its contract says."""
+"""Rule by rule, run through Snakemake on the small toy models: its outputs hold what its contract says.
+
+On a cluster each rule runs by itself, in a Snakemake of its own (tests/workflow/test_slurm.py): to the same tables.
+"""
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from benchmarks import kills
 from pyroaring import BitMap
 from safetensors import safe_open
 
@@ -28,34 +33,40 @@ PLOTTED = [
 ]
 
 
-@pytest.fixture
-def run_rule(copy_of_finished):
-    """Delete the outputs of a rule (or several) and make them again with these alone."""
-
-    def of(rule, *targets):
-        for target in targets:
-            (copy_of_finished / target).unlink()
-        small.snakemake(copy_of_finished, *targets, "--allowed-rules", *rule.split())
-        return [copy_of_finished / target for target in targets]
-
-    return of
-
-
 def prompts_of(folder):
     return artifacts.read_table(folder / RESULTS / "prompts.parquet", "prompts")
 
 
-def test_write_dataset(run_rule):
-    [path] = run_rule("write_dataset", "results/facts/dataset.parquet")
+def tables_of(folder, stage, *kinds):
+    return [artifacts.read_table(folder / RESULTS / stage / f"{kind}.parquet", kind) for kind in kinds]
+
+
+def test_write_dataset(finished):
+    path = finished / "results/facts/dataset.parquet"
     table = artifacts.read_table(path, "dataset")
     assert set(table["relation"]) == {"animal_young", "country_capital", "product_by_company"}
     assert table.groupby("fact_id").size().eq(5).all()
     assert len(artifacts.table_provenance(path)["dataset_digest"]) == 16
 
 
-def test_train_toy(run_rule, finished):
+AGAIN = {"train_toy", "capture", *(f"plot_{name}" for name in PLOTTED)}
+
+
+@pytest.fixture(scope="module")
+def remade(finished, tmp_path_factory):
+    """The finished run, in which a model was trained, a cache captured and all figures drawn a second time."""
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("again") / "run", symlinks=True)
+    files = [file for file, job in kills.records(folder).items() if job["rule"] in AGAIN]
+    files = [file for file in files if ("small-dense" in file) == ("models" in file)]
+    for file in files:
+        kills.remove(folder / file)
+    small.snakemake(folder, *files, "--allowed-rules", *AGAIN)
+    return folder
+
+
+def test_train_toy(remade, finished):
     files = [f"results/models/small-dense/{file}" for file in config.CHECKPOINT_FILES]
-    paths = run_rule("train_toy", *files)
+    paths = [remade / file for file in files]
     for path, file in zip(paths, files):
         if path.name != "training.json":
             assert path.read_bytes() == (finished / file).read_bytes(), file
@@ -73,9 +84,9 @@ def test_train_toy(run_rule, finished):
     assert len(tokenizer) == model.config.vocab_size
 
 
-def test_capture(run_rule, finished):
+def test_capture(remade, finished):
     names = ["0.safetensors", "0.parquet", "0.dropped.parquet"]
-    tensors, prompts, dropped = run_rule("capture", *(f"{RESULTS}/activations/{name}" for name in names))
+    tensors, prompts, dropped = (remade / f"{RESULTS}/activations/{name}" for name in names)
     table = artifacts.read_table(prompts, "prompts")
     assert len(table) + len(artifacts.read_table(dropped, "dropped")) == 199
     assert table["held_out"].all()
@@ -117,10 +128,9 @@ def test_a_trained_model_is_read_back_as_it_was(finished, model):
     assert (1 / prompts["rank"]).mean() == pytest.approx(report["mrr"])
 
 
-def test_gather_prompts(run_rule):
-    targets = [f"{RESULTS}/{name}" for name in ("captured.parquet", "dropped.parquet", "activations/index.json")]
-    prompts, _, index = run_rule("gather_prompts", *targets)
-    table = artifacts.read_table(prompts, "prompts")
+def test_gather_prompts(finished):
+    index = finished / f"{RESULTS}/activations/index.json"
+    table = artifacts.read_table(finished / f"{RESULTS}/captured.parquet", "prompts")
     assert table["prompt_id"].is_monotonic_increasing
     assert table["prompt_id"].is_unique
     assert (table["rank"] >= 1).all()
@@ -132,9 +142,8 @@ def test_gather_prompts(run_rule):
     assert found["provenance"]["model_commit"]
 
 
-def test_filter_known_keeps_all_by_default(run_rule):
-    kept, unknown = run_rule("filter_known", f"{RESULTS}/prompts.parquet", f"{RESULTS}/unknown.parquet")
-    captured = kept.with_name("captured.parquet")
+def test_filter_known_keeps_all_by_default(finished):
+    kept, unknown, captured = (finished / f"{RESULTS}/{name}.parquet" for name in ("prompts", "unknown", "captured"))
     pd.testing.assert_frame_equal(
         artifacts.read_table(kept, "prompts"), artifacts.read_table(captured, "prompts"), check_exact=True
     )
@@ -144,11 +153,9 @@ def test_filter_known_keeps_all_by_default(run_rule):
     assert len(named) == len(artifacts.NAMES)
 
 
-def test_attribute(run_rule):
-    targets = [f"{RESULTS}/attribution/{level}.parquet" for level in ("layers", "heads", "experts", "margins")]
-    paths = run_rule("attribute", *targets)
-    layers, heads, experts, margins = (artifacts.read_table(path, path.stem) for path in paths)
-    n = len(prompts_of(paths[0].parents[4]))
+def test_attribute(finished):
+    layers, heads, experts, margins = tables_of(finished, "attribution", "layers", "heads", "experts", "margins")
+    n = len(prompts_of(finished))
     assert [len(table) for table in (layers, heads, experts, margins)] == [n * 3, n * 3 * 4, n * 3 * 3, n * 3]
     assert (margins["smallest"] <= margins["margin"]).all()
     assert dict(layers.dtypes.astype(str)) == {
@@ -168,21 +175,15 @@ def test_attribute(run_rule):
     assert experts["weight"].between(0, 1).all()
 
 
-def test_attribute_of_a_dense_model(run_rule):
-    targets = [f"results/facts/small-dense/attribution/{level}.parquet" for level in ("layers", "heads", "experts")]
-    paths = run_rule("attribute", *targets)
-    assert len(artifacts.read_table(paths[0], "layers"))
-    assert not len(artifacts.read_table(paths[2], "experts"))
+def test_attribute_of_a_dense_model(finished):
+    folder = finished / "results/facts/small-dense/attribution"
+    assert len(artifacts.read_table(folder / "layers.parquet", "layers"))
+    assert not len(artifacts.read_table(folder / "experts.parquet", "experts"))
 
 
-def attribution_of(model, kinds):
-    return [f"results/facts/{model}/attribution/{kind}.parquet" for kind in kinds]
-
-
-def test_attribute_neurons(run_rule, finished):
+def test_attribute_neurons(finished):
     kinds = ["neurons", "attention_neurons", "relation_neurons", "concentration", "neuron_sums"]
-    paths = run_rule("attribute_neurons", *attribution_of("small-moe", kinds))
-    tables = {kind: artifacts.read_table(path, kind) for kind, path in zip(kinds, paths)}
+    tables = dict(zip(kinds, tables_of(finished, "attribution", *kinds)))
     n = len(prompts_of(finished))
     for kind in kinds[:3]:
         assert tables[kind]["exact"].all()
@@ -198,24 +199,20 @@ def test_attribute_neurons(run_rule, finished):
     assert tables["neuron_sums"].groupby("block").size().to_dict() == {"ffn": n * 9, "attention": n * 12}
     best = tables["relation_neurons"].groupby(["relation", "block"])["lpi"].max()
     assert len(best) == 6
-    experts = artifacts.read_table(finished / RESULTS / "attribution/experts.parquet", "experts")
+    [experts] = tables_of(finished, "attribution", "experts")
     both = tables["neuron_sums"].merge(
         experts, left_on=["prompt_id", "layer", "unit"], right_on=["prompt_id", "layer", "expert"]
     )
     assert len(both.query("block == 'ffn'")) == n * 9
 
 
-def test_attribute_neurons_of_a_dense_model(run_rule):
-    [path] = run_rule("attribute_neurons", *attribution_of("small-dense", ["neurons"]))
+def test_attribute_neurons_of_a_dense_model(finished):
+    path = finished / "results/facts/small-dense/attribution/neurons.parquet"
     assert set(artifacts.read_table(path, "neurons")["expert"]) == {0}
 
 
-def test_attribute_queries(run_rule, finished):
-    kinds = ["queries", "value_layers"]
-    queries, values = (
-        artifacts.read_table(path, kind)
-        for path, kind in zip(run_rule("attribute_queries", *attribution_of("small-moe", kinds)), kinds)
-    )
+def test_attribute_queries(finished):
+    queries, values = tables_of(finished, "attribution", "queries", "value_layers")
     assert {"embedding", "head", "expert", "head_neuron", "expert_neuron", "rest"} == set(queries["level"])
     # All that was written below the value neurons makes their activations: the scores sum to their LPI.
     units = queries[~queries["level"].str.endswith("neuron")].groupby("prompt_id")[["via_ffn", "via_attention"]].sum()
@@ -224,48 +221,38 @@ def test_attribute_queries(run_rule, finished):
     np.testing.assert_allclose(units["via_attention"], lpi["attention"], rtol=1e-3, atol=1e-3)
 
 
-def test_read_units(run_rule):
-    [path] = run_rule("read_units", *attribution_of("small-moe", ["readings"]))
-    table = artifacts.read_table(path, "readings")
+def test_read_units(finished):
+    [table] = tables_of(finished, "attribution", "readings")
     assert set(table["level"]) == {"expert", "head", "ffn_neuron", "attention_neuron"}
     assert set(table["side"]) == {"promoted", "suppressed"}
     assert table["token"].map(type).eq(str).all()
     assert table.groupby(["relation", "level", "layer", "unit", "neuron", "side"]).size().eq(10).all()
 
 
-def test_block_experts(run_rule):
-    targets = [f"{RESULTS}/interventions/{name}.parquet" for name in ("blocking", "blocked_experts")]
-    blocking, ranking = run_rule("block_experts", *targets)
-    table = artifacts.read_table(blocking, "blocking")
-    prompts = prompts_of(blocking.parents[4])
+def test_block_experts(finished):
+    table, chosen = tables_of(finished, "interventions", "blocking", "blocked_experts")
+    prompts = prompts_of(finished)
     # Two sizes, each with the best experts and three random draws, for every prompt.
     assert len(table) == len(prompts) * 2 * 4
     assert set(table["how"]) == {"zero"}
     assert set(table["draw"]) == {-1, 0, 1, 2}
     assert set(table["n_blocked"]) == {1, 2}
-    chosen = artifacts.read_table(ranking, "blocked_experts")
     assert len(chosen) == 3 * 2 * 2
     assert (chosen["expert"] >= 0).all()
     assert chosen.groupby(["relation", "half"])["mean_lpi"].is_monotonic_decreasing.all()
 
 
-def test_keep_only(run_rule):
-    [path] = run_rule("keep_only", f"{RESULTS}/interventions/keep_only.parquet")
-    table = artifacts.read_table(path, "keep_only")
-    prompts = prompts_of(path.parents[4])
+def test_keep_only(finished):
+    [table] = tables_of(finished, "interventions", "keep_only")
+    prompts = prompts_of(finished)
     assert len(table) == len(prompts) * 2 * 3
     everything = table[table["shared"] & (table["routed"] == -1)].set_index("prompt_id").loc[prompts["prompt_id"]]
     assert (everything["rank"].to_numpy() == prompts["rank"].to_numpy()).all()
 
 
-def interventions_of(run_rule, rule, *names, model="small-moe"):
-    paths = run_rule(rule, *(f"results/facts/{model}/interventions/{name}.parquet" for name in names))
-    return [artifacts.read_table(path, name) for path, name in zip(paths, names)]
-
-
-def test_map_experts(run_rule, finished):
-    [table] = interventions_of(run_rule, "map_experts", "expert_map")
-    experts = artifacts.read_table(finished / RESULTS / "attribution/experts.parquet", "experts")
+def test_map_experts(finished):
+    [table] = tables_of(finished, "interventions", "expert_map")
+    [experts] = tables_of(finished, "attribution", "experts")
     # Every expert that the readout position uses, and no other one.
     keys = ["prompt_id", "layer", "expert"]
     both = table.merge(experts, on=keys, validate="1:1")
@@ -276,8 +263,8 @@ def test_map_experts(run_rule, finished):
     assert np.corrcoef(effect, -both["lpi"])[0, 1] > 0.3
 
 
-def test_sweep_heads(run_rule, finished):
-    heads, routers = interventions_of(run_rule, "sweep_heads", "head_map", "head_router")
+def test_sweep_heads(finished):
+    heads, routers = tables_of(finished, "interventions", "head_map", "head_router")
     n = len(prompts_of(finished))
     # Four heads in each of three layers; the routers of their own layer and those above.
     assert (len(heads), len(routers)) == (n * 12, n * 4 * (3 + 2 + 1))
@@ -286,14 +273,14 @@ def test_sweep_heads(run_rule, finished):
     assert routers[["gate_before", "gate_after"]].stack().between(0, 1 + 1e-6).all()
 
 
-def test_sweep_heads_of_a_dense_model(run_rule):
-    heads, routers = interventions_of(run_rule, "sweep_heads", "head_map", "head_router", model="small-dense")
-    assert len(heads)
-    assert not len(routers)
+def test_sweep_heads_of_a_dense_model(finished):
+    folder = finished / "results/facts/small-dense/interventions"
+    assert len(artifacts.read_table(folder / "head_map.parquet", "head_map"))
+    assert not len(artifacts.read_table(folder / "head_router.parquet", "head_router"))
 
 
-def test_block_heads(run_rule, finished):
-    table, ranking = interventions_of(run_rule, "block_heads", "head_blocking", "blocked_heads")
+def test_block_heads(finished):
+    table, ranking = tables_of(finished, "interventions", "head_blocking", "blocked_heads")
     prompts = prompts_of(finished)
     # The clean run; two sizes, each with the best heads and three random draws, routing free and forced.
     assert len(table) == len(prompts) * (1 + 2 * 4 * 2)
@@ -303,8 +290,8 @@ def test_block_heads(run_rule, finished):
     assert len(ranking) == 3 * 2 * 2
 
 
-def test_trace_gates(run_rule):
-    gradients, paths = interventions_of(run_rule, "trace_gates", "gate_gradients", "gate_paths")
+def test_trace_gates(finished):
+    gradients, paths = tables_of(finished, "interventions", "gate_gradients", "gate_paths")
     traced = gradients.groupby(["prompt_id", "router_layer"])["attribution"].sum()
     ends = paths.set_index(["prompt_id", "router_layer"])
     assert 10 <= len(paths) / 3 < 20
@@ -313,8 +300,8 @@ def test_trace_gates(run_rule):
     np.testing.assert_allclose(traced.xs(0, level="router_layer"), first["clean"] - first["baseline"], atol=1e-2)
 
 
-def test_trace_causes(run_rule):
-    table, runs = interventions_of(run_rule, "trace_causes", "tracing", "tracing_runs")
+def test_trace_causes(finished):
+    table, runs = tables_of(finished, "interventions", "tracing", "tracing_runs")
     levels = {"layer", "attention", "ffn", "expert", "shared", "coalition", "random"}
     assert set(table["level"]) == levels
     assert runs["corrupted"].mean() < runs["clean"].mean()
@@ -323,9 +310,8 @@ def test_trace_causes(run_rule):
     np.testing.assert_allclose(both["log_prob"], both["clean"], atol=1e-4)
 
 
-def test_analyse_routing(run_rule, finished):
-    paths = run_rule("analyse_routing", *(f"{RESULTS}/routing/{kind}.parquet" for kind in ("loads", "gates")))
-    loads, gates = (artifacts.read_table(path, path.stem) for path in paths)
+def test_analyse_routing(finished):
+    loads, gates = tables_of(finished, "routing", "loads", "gates")
     lengths = prompts_of(finished).set_index("prompt_id")["length"]
     of_prompt = loads.groupby(["prompt_id", "layer"])[["readout", "all"]].sum()
     assert of_prompt["readout"].eq(2).all()
@@ -333,10 +319,8 @@ def test_analyse_routing(run_rule, finished):
     assert gates["gate_entropy"].between(0, 2).all()
 
 
-def test_attribute_routers(run_rule, finished):
-    kinds = ("router_attribution", "associations")
-    paths = run_rule("attribute_routers", *(f"{RESULTS}/routing/{kind}.parquet" for kind in kinds))
-    split, pairs = (artifacts.read_table(path, path.stem) for path in paths)
+def test_attribute_routers(finished):
+    split, pairs = tables_of(finished, "routing", "router_attribution", "associations")
     assert {"embedding", "head", "expert", "shared"} <= set(split["source"])
     # The sources add up to how far the chosen experts' logits stand above the mean of all.
     with artifacts.open_tensors(finished / RESULTS / "activations/0.safetensors", "activations") as cache:
@@ -350,13 +334,9 @@ def test_attribute_routers(run_rule, finished):
     assert pairs["p"].dropna().ge(1 / 51 - 1e-6).all()
 
 
-KEYS = [f"{RESULTS}/utilization/{kind}.parquet" for kind in ("key_neurons", "expert_tokens", "units")]
-
-
-def test_find_key_neurons(run_rule):
-    paths = run_rule("find_key_neurons", *KEYS)
-    keys, used, units = (artifacts.read_table(path, path.stem) for path in paths)
-    prompts = prompts_of(paths[0].parents[4])
+def test_find_key_neurons(finished):
+    keys, used, units = tables_of(finished, "utilization", "key_neurons", "expert_tokens", "units")
+    prompts = prompts_of(finished)
     assert keys["prompt_id"].tolist() == prompts["prompt_id"].tolist()
     # Three layers of four experts with 16 neurons and a shared one with 32; 2% of them for each token of the answer.
     assert units["width"].sum() == 3 * (4 * 16 + 32)
@@ -367,13 +347,11 @@ def test_find_key_neurons(run_rule):
     assert used[used["expert"] >= 0].groupby("prompt_id")["tokens"].sum().tolist() == (6 * keys["tokens"]).tolist()
 
 
-def test_mask_keys(run_rule):
-    names = ["masking", "masked_units"]
-    paths = run_rule("mask_keys", *(f"{RESULTS}/interventions/{name}.parquet" for name in names))
-    masking, masked = (artifacts.read_table(path, path.stem) for path in paths)
+def test_mask_keys(finished):
+    masking, masked = tables_of(finished, "interventions", "masking", "masked_units")
     assert set(masking["level"]) == {"clean", "neurons", "experts"}
     assert set(masking["draw"]) == {-1, 0, 1}
-    prompts = prompts_of(paths[0].parents[4]).set_index("prompt_id")
+    prompts = prompts_of(finished).set_index("prompt_id")
     clean = masking[masking["level"] == "clean"].set_index("prompt_id")["log_prob"]
     np.testing.assert_allclose(clean, prompts["log_prob"].loc[clean.index], atol=1e-5)
     sizes = masking[masking["draw"] == -1].groupby("level")["masked"].max()
@@ -381,20 +359,17 @@ def test_mask_keys(run_rule):
     assert masked[masked["level"] == "experts"]["expert"].ge(0).all()
 
 
-def test_measure_and_gather_checkpoints(run_rule, finished):
-    folder = f"{RESULTS}/training"
-    early, every = run_rule(
-        "measure_checkpoint gather_checkpoints", f"{folder}/early.parquet", f"{folder}/checkpoints.parquet"
-    )
-    table = artifacts.read_table(every, "checkpoints")
+def test_measure_and_gather_checkpoints(finished):
+    [table] = tables_of(finished, "training", "checkpoints")
     steps = json.loads((finished / "results/models/small-moe/training.json").read_text())["steps"]
     assert dict(zip(table["checkpoint"], table["step"])) == {"early": 5, "final": steps}
     prompts = prompts_of(finished)
     final = table[table["checkpoint"] == "final"]
     assert final["rank"].tolist() == prompts["rank"].tolist()
-    keys = artifacts.read_table(finished / RESULTS / "utilization/key_neurons.parquet", "key_neurons")
+    [keys] = tables_of(finished, "utilization", "key_neurons")
     assert final["keys"].tolist() == keys["keys"].tolist()
-    assert (1 / artifacts.read_table(early, "checkpoint")["rank"]).mean() < (1 / final["rank"]).mean()
+    early = artifacts.read_table(finished / RESULTS / "training/early.parquet", "checkpoint")
+    assert (1 / early["rank"]).mean() < (1 / final["rank"]).mean()
 
 
 @pytest.mark.parametrize(
@@ -418,17 +393,17 @@ def test_measure_and_gather_checkpoints(run_rule, finished):
         ("summarise_routing", ["routing", "expert_use", "coactivation", "task_overlap", "mutual_information"]),
     ],
 )
-def test_summaries(run_rule, finished, rule, names):
-    targets = [f"results/tables/{name}.{suffix}" for name in names for suffix in ("csv", "parquet")]
-    run_rule(rule, *targets)
-    for path in (finished / target for target in targets):
-        if path.suffix == ".csv":
-            rounded = pd.read_csv(path)
-            exact = artifacts.read_table(path.with_suffix(".parquet"), "table")
-            assert list(rounded) == list(exact)
-            assert len(rounded) == len(exact) > 0
-            for count in {"prompts", "subjects"} & {*rounded}:
-                assert (rounded[count] > 0).all()
+def test_summaries(finished, rule, names):
+    made_by = {file: job["rule"] for file, job in kills.records(finished).items()}
+    for name in names:
+        path = f"results/tables/{name}.csv"
+        assert made_by[path] == rule
+        rounded = pd.read_csv(finished / path)
+        exact = artifacts.read_table((finished / path).with_suffix(".parquet"), "table")
+        assert list(rounded) == list(exact)
+        assert len(rounded) == len(exact) > 0
+        for count in {"prompts", "subjects"} & {*rounded}:
+            assert (rounded[count] > 0).all()
     sources = artifacts.table_provenance(finished / f"results/tables/{names[0]}.parquet")["sources"]
     assert all(source["model_commit"] and source["dataset_digest"] for source in sources)
 
@@ -471,13 +446,13 @@ def test_efficiency_agrees_with_the_prompts_of_the_run(finished):
     assert mrr["hit_at_10"] == pytest.approx((rank <= 10).mean())
 
 
-def test_plots(run_rule, finished):
-    targets = [f"results/figures/facts.{figure}.svg" for figure in FIGURES]
-    rules = " ".join(f"plot_{name}" for name in PLOTTED)
-    for path, target in zip(run_rule(rules, *targets), targets):
-        assert path.read_text().startswith("<?xml")
-        assert path.read_bytes() == (finished / target).read_bytes()
-        assert "findings about toy models" in path.read_text()
+@pytest.mark.parametrize("figure", FIGURES)
+def test_plots(remade, finished, figure):
+    path = f"results/figures/facts.{figure}.svg"
+    text = (remade / path).read_text()
+    assert text.startswith("<?xml")
+    assert text == (finished / path).read_text()
+    assert "findings about toy models" in text
 
 
 def test_every_job_writes_its_log_and_benchmark(finished):
