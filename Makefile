@@ -22,7 +22,7 @@ plan: $(VENV)/run
 	@$(BIN)/snakemake plan --cores 1 --quiet all
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check scripts tests

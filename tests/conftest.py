@@ -22,6 +22,8 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if NO_CLUSTER and "slurm" in item.fixturenames]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+    # What takes or waits longest begins first: the cluster, then whole runs.
+    items.sort(key=lambda item: ("slurm" not in item.fixturenames, item.path.parent.name != "workflow"))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -154,6 +154,8 @@ def _run(words: list[str], folder: Path, environment: Mapping[str, str], printed
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    # As a new interpreter does.
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = words
     snakemake.cli.main()
 

@@ -60,7 +60,7 @@ def made_of(folder):
     return {path: (made_by[path]["model_commit"], made_by[path]["dataset_digest"]) for path in CAPTURES}
 
 
-def test_checkouts_share_what_is_the_same_and_nothing_else(checkout):
+def test_checkouts_share_what_is_the_same_and_nothing_else(checkout, tmp_path, monkeypatch):
     one = checkout("one", main="first")
     small.snakemake(one, *CAPTURES, "--cache")
     made = entries(one)
@@ -86,3 +86,14 @@ def test_checkouts_share_what_is_the_same_and_nothing_else(checkout):
     module.write_text(module.read_text() + "\nEDITED = True\n")
     small.snakemake(other, CAPTURES[0], "--cache")
     assert len(entries(other) - made) == 1
+
+    # Another version of a package: the training and the capture.
+    made = entries(one)
+    third = checkout("third", main="first")
+    about = tmp_path / "packages/pandas-99.0.dist-info/METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: pandas\nVersion: 99.0\n")
+    monkeypatch.setenv("PYTHONPATH", str(about.parents[1]))
+    small.snakemake(third, CAPTURES[0], "--cache")
+    assert len(entries(third) - made) == 2
+    assert artifacts.table_provenance(third / CAPTURES[0])["versions"]["pandas"] == "99.0"
