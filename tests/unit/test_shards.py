@@ -28,7 +28,7 @@ from moescope.activations import opened
 
 torch.set_num_threads(1)
 BATCH_SIZE = 5
-SHARDS = (3, 7)
+SHARDS = (2, 3, 7)
 """Of 16 prompts there are four blocks, and of two relations two: some of seven shards have none."""
 RUNS = [("qwen2_moe", "all_tokens"), ("llama", "first_token")]
 

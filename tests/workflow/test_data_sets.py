@@ -22,8 +22,8 @@ DATASETS = {
 }
 MADE = {
     "towns": ["attribution/layers", "attribution/experts", "interventions/blocking", "interventions/keep_only"],
-    "own": ["prompts"],
-    "sure": ["attribution/margins", "interventions/keep_only"],
+    "own": ["attribution/layers"],
+    "sure": ["attribution/layers", "attribution/margins", "interventions/keep_only"],
 }
 
 
