@@ -129,7 +129,7 @@ def cached(files: Path, home: Path, repository: str, kind: str = "models", commi
 def snakemake(folder: Path, *arguments: str, check: bool = True) -> str:
     """Run Snakemake there, with the hub out of reach and its cache in the folder `home`; what it printed.
 
-    In a process of its own, forked from one that has imported Snakemake: that takes more than half of a dry run.
+    In a process of its own, forked from one that has imported Snakemake: that takes about half of a dry run.
     """
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["snakemake.cli"])

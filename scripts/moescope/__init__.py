@@ -2,8 +2,8 @@
 
 import gc
 
-# torch and transformers make half a million objects when they are imported, none of them garbage. Looking for some
-# after every 700 new ones, as Python does, takes a seventh of the time of a short job.
+# torch and transformers make a third of a million objects when they are imported, none of them garbage. Looking for
+# some after every 700 new ones, as Python does, takes a seventh of that time.
 gc.set_threshold(10_000)
 
 __version__ = "0.1.0"

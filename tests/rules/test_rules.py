@@ -1,6 +1,7 @@
-"""Rule by rule, run through Snakemake on the small toy models: its outputs hold what its contract says.
+"""Rule by rule, in one run of Snakemake on the small toy models: its outputs hold what its contract says.
 
-On a cluster each rule runs by itself, in a Snakemake of its own (tests/workflow/test_slurm.py): to the same tables.
+On a cluster all but the light rules run again, each job in a Snakemake of its own, to the same tables (see
+tests/workflow/test_slurm.py); the light ones do below.
 """
 
 import json
